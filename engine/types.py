@@ -1,0 +1,183 @@
+"""The small vocabulary that every floor above shares: ids, sampling parameters, events of a conversation."""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from typing import NewType, Protocol
+
+from engine.errors import InvalidRequest
+
+ConversationId = NewType("ConversationId", str)
+TurnId = NewType("TurnId", str)
+Tenant = NewType("Tenant", str)
+
+
+class Clock(Protocol):
+    """Seconds.  `monotonic` orders and measures; `wall` is Unix time for people and logs."""
+
+    def monotonic(self) -> float: ...
+
+    def wall(self) -> float: ...
+
+
+class FinishReason(Enum):
+    """Why a reply ended.  Values are stored in the token log: never renumber."""
+
+    STOP_TOKEN = 1
+    STOP_STRING = 2
+    LENGTH = 3
+    CONTEXT_FULL = 4
+    CANCELLED = 5
+    DEADLINE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of the chat history."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen.  `None` means not set: `over` fills it from the next default in line."""
+
+    temperature: float | None = None  # 0 = greedy; ties go to the lowest id
+    top_k: int | None = None  # 0 = off
+    top_p: float | None = None  # 1 = off
+    min_p: float | None = None  # 0 = off
+    seed: int | None = None  # a draw depends on seed and position only
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    ignore_eos: bool | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, low: float, high: float, what: str) -> None:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                raise InvalidRequest(f"{name} is {value}; it must be {what}")
+
+        check("temperature", 0.0, 100.0, "between 0 (greedy) and 100")
+        check("top_k", 0, 2**31 - 1, "0 (off) or a positive number of tokens")
+        check("top_p", 1e-9, 1.0, "above 0 and at most 1 (off)")
+        check("min_p", 0.0, 1.0, "between 0 (off) and 1")
+        check("seed", 0, 2**63 - 1, "between 0 and 2^63 - 1")
+        check("max_tokens", 1, 2**31 - 1, "at least 1")
+        check("min_tokens", 0, 2**31 - 1, "0 or more")
+        if self.stop is not None and any(not text for text in self.stop):
+            raise InvalidRequest("a stop string is empty; leave it out or give it text")
+        if self.stop is not None and len(self.stop) > 16:
+            raise InvalidRequest(f"{len(self.stop)} stop strings were given; at most 16 are taken")
+
+    def over(self, defaults: "SamplingParams") -> "SamplingParams":
+        """These parameters, with what is not set taken from `defaults`."""
+        mine = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(defaults, **{name: value for name, value in mine.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Where the tokens of one turn's prompt came from.  `prompt` = `cached_device` + `recomputed` + `new`."""
+
+    prompt_tokens: int = 0  # everything the reply attended to when it began: history + new
+    completion_tokens: int = 0
+    cached_device_tokens: int = 0  # found in the device tier
+    recomputed_tokens: int = 0  # history that had to be computed again
+    new_tokens: int = 0  # never computed before
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds.  `ttft` is from acceptance to the first sampled token, measured at the server."""
+
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationEvent:
+    """Base of what a conversation tells its client.  `seq` grows by one per event, over the conversation's whole life."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class TurnAccepted(ConversationEvent):
+    turn_id: TurnId
+    queue_position: int  # 0 = runs at once
+    restarted: bool = False  # discard what was shown of an earlier attempt at this turn
+
+
+@dataclass(frozen=True, slots=True)
+class Delta(ConversationEvent):
+    """More of the reply.  `offset` counts the reply's tokens before this delta: 0 replaces whatever was shown."""
+
+    turn_id: TurnId
+    offset: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TurnDone(ConversationEvent):
+    """The turn is in the token log."""
+
+    turn_id: TurnId
+    finish_reason: FinishReason
+    matched_stop: str | None
+    usage: Usage
+    timing: Timing
+    context_left: int  # tokens
+    committed_tokens: int
+    history_rewritten: bool = False  # the template would now render the past differently; the kept ids stand
+
+
+@dataclass(frozen=True, slots=True)
+class TurnFailed(ConversationEvent):
+    """The turn was not committed; the conversation stands as before it and the stream lives on."""
+
+    turn_id: TurnId
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRecord:
+    """A committed turn: what the token log holds and `Get` shows."""
+
+    turn_id: TurnId
+    number: int  # from 0
+    first_token: int  # position in the history
+    prompt_ids: tuple[int, ...]  # what this turn appended before the reply, template included
+    reply_ids: tuple[int, ...]
+    messages: tuple[Message, ...]  # what the client sent; empty if it sent token ids
+    reply_text: str
+    finish_reason: FinishReason
+    matched_stop: str | None
+    usage: Usage
+    timing: Timing
+    created_at: float  # Unix seconds
+    done_seq: int  # seq of its TurnDone
+    digest: bytes  # of the request, to recognise a repeated turn id
+    history_rewritten: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationRecord:
+    """What identifies a conversation on disk, without its turns."""
+
+    id: ConversationId
+    tenant: Tenant
+    fingerprint: str  # of model and tokenizer
+    system: str | None
+    sampling: SamplingParams
+    labels: dict[str, str] = field(default_factory=dict)
+    created_at: float = 0.0
+    updated_at: float = 0.0
+    resume_token: str = ""
+    num_turns: int = 0
+    num_tokens: int = 0
+    seq_mark: int = 0  # the last seq known to be used
