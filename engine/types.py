@@ -181,3 +181,63 @@ class ConversationRecord:
     num_turns: int = 0
     num_tokens: int = 0
     seq_mark: int = 0  # the last seq known to be used
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    conversation_id: ConversationId | None = None  # None: the server chooses
+    system: str | None = None
+    sampling: SamplingParams = SamplingParams()  # defaults of the conversation's turns
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeRequest:
+    conversation_id: ConversationId
+    resume_token: str | None = None  # if sent it must be right
+    after_seq: int | None = None  # replay what came after; None: replay nothing
+    expect_committed_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRequest:
+    """Either messages (rendered by the model's chat template) or token ids (appended as they are)."""
+
+    turn_id: TurnId
+    messages: tuple[Message, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    sampling: SamplingParams = SamplingParams()
+    timeout_s: float | None = None  # the turn ends with DEADLINE and keeps what it has
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One stateless generation: a prompt in text (as it is, no template), messages, or token ids."""
+
+    prompt: str | None = None
+    messages: tuple[Message, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    sampling: SamplingParams = SamplingParams()
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    context_tokens: int  # of one conversation: prompt and reply together
+    max_concurrent: int  # turns computed at once
+    max_queue: int  # turns that may wait
+    max_message_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    name: str
+    version: str  # of this server
+    fingerprint: str  # of model and tokenizer; a conversation is bound to it
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+    limits: Limits
