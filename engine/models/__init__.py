@@ -1,0 +1,25 @@
+"""Models: a folder in Hugging Face format becomes a `Decoder`.
+
+    config.py      config.json -> ModelConfig: which switches this model sets; fields.py reads JSON with checks
+    checkpoint.py  safetensors files: every tensor by name, mapped, checked against what the model needs
+    weights.py     the names; fusing and packing -> Decoder
+    decoder.py     the forward pass of a ragged step over paged KV; rope.py its angles
+    dtype.py       the number format when nobody has said
+
+Light on import: reading a config needs no torch, and `load_model` brings it in when called.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.models.decoder import Decoder
+
+
+def load_model(folder: Path, dtype: "torch.dtype") -> "Decoder":
+    """Raises ModelFolderError (what is wrong with the folder) or ConfigError (a dtype that cannot work here)."""
+    from engine.models.weights import load_decoder
+
+    return load_decoder(folder, dtype)

@@ -1,0 +1,91 @@
+"""The decoder of the Llama and Qwen families: token ids of a ragged step in, logits of the rows that sample out.
+
+One program for all of them; what differs is data (a bias or none, q/k norms or none).  Nothing here knows of
+conversations, blocks or phases: the caller owns the paged KV and says in `AttnMeta` where each row stands.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.models.config import ModelConfig
+from engine.models.rope import RopeTable
+from kernels.linear import PackedLinear
+from kernels.paged_attention import AttnMeta, paged_attention
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope_kv_write
+from kernels.silu_mul import silu_mul
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one layer, N = hidden size, F = ffn size."""
+
+    attention_norm: Tensor  # [N]
+    qkv: PackedLinear  # N -> (H + 2G) * D: queries, keys, values
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    attention_out: PackedLinear  # H * D -> N
+    mlp_norm: Tensor  # [N]
+    gate_up: PackedLinear  # N -> 2F, the gate first
+    down: PackedLinear  # F -> N
+
+
+class Decoder:
+    """embedding: [V, N] in any float dtype, usually mapped from its file: only looked-up rows are read and converted."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Tensor,
+        layers: Sequence[Layer],
+        final_norm: Tensor,
+        head: PackedLinear,
+    ) -> None:
+        self.config = config
+        self.dtype = head.dtype  # of activations and KV
+        self._embedding, self._layers, self._head = embedding, tuple(layers), head
+        # The norm behind each layer's residual addition belongs to the next one.
+        self._next_norms = (*(layer.attention_norm for layer in self._layers[1:]), final_norm)
+        self._rope = RopeTable(config)
+        self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self._scale = config.head_dim**-0.5
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """One step.  ids: [T] int64; kv: [B, 2, G, P, D] per layer in `dtype`, written at meta.slots; rows: [R] int64.
+
+        Returns logits [R, V] fp32 of those rows of the step.  All K and V of a layer are written before its attention,
+        so segments of one conversation may attend to each other.
+        """
+        if not len(ids):
+            return torch.empty(0, self.config.vocab_size)
+        eps, last = self.config.norm_eps, self._layers[-1]
+        cos_sin = self._rope.upto(int(meta.positions.max()) + 1)
+        residual = self._embedding.index_select(0, ids).to(self.dtype)
+        x = rms_norm(residual, self._layers[0].attention_norm, eps)
+        for layer, layer_kv, next_norm in zip(self._layers, kv, self._next_norms, strict=True):
+            x = self._attend(layer, x, layer_kv, meta, cos_sin)
+            if layer is last:  # the other rows have left their K and V, and nothing else of them is needed
+                x, residual = x.index_select(0, rows), residual.index_select(0, rows)
+            x, residual = add_rms_norm(layer.attention_out(x), residual, layer.mlp_norm, eps)
+            x = layer.down(silu_mul(layer.gate_up(x)))
+            x, residual = add_rms_norm(x, residual, next_norm, eps)
+        return self._head(x).float()
+
+    def _attend(self, layer: Layer, x: Tensor, kv: Tensor, meta: AttnMeta, cos_sin: Tensor) -> Tensor:
+        """x: [T, N] -> [T, H * D]."""
+        q, k, v = layer.qkv(x).view(len(x), -1, self.config.head_dim).split(self._heads, dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = _norm_heads(q, layer.q_norm, self.config.norm_eps)
+            k = _norm_heads(k, layer.k_norm, self.config.norm_eps)
+        q = rope_kv_write(q, k, v, cos_sin, kv, meta)
+        out, _ = paged_attention(q, kv, meta, self._scale)
+        return out.view(len(x), -1)
+
+
+def _norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [T, X, D], each head normalised by itself."""
+    return rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)

@@ -1,0 +1,48 @@
+"""Cosines and sines of rotary position embedding, for as many positions as have been needed so far."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from engine.errors import InvariantError
+from engine.models.config import Llama3Scaling, ModelConfig
+
+_FIRST_POSITIONS = (
+    4096  # 1 MiB at D = 64; doubled on demand, so that a 128K model costs what its longest context does
+)
+
+
+class RopeTable:
+    """`upto(n)` gives [M, D] fp32 with M >= n: for each position D/2 cosines, then D/2 sines."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._inverse_frequencies = inverse_frequencies(
+            config.head_dim, config.rope_theta, config.rope_scaling
+        )
+        self._max_positions = config.max_positions
+        self._table = self._compute(0, min(_FIRST_POSITIONS, config.max_positions))
+
+    def upto(self, num_positions: int) -> Tensor:
+        known = len(self._table)
+        if num_positions > self._max_positions:
+            raise InvariantError(f"position {num_positions - 1} asked of a model of {self._max_positions}")
+        if num_positions > known:
+            end = min(max(num_positions, 2 * known), self._max_positions)
+            self._table = torch.cat((self._table, self._compute(known, end)))
+        return self._table
+
+    def _compute(self, begin: int, end: int) -> Tensor:
+        angles = torch.arange(begin, end, dtype=torch.float32)[:, None] * self._inverse_frequencies
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> Tensor:
+    """[D/2] fp32, radians per position."""
+    plain = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    if scaling is None:
+        return plain
+    # How often a pair turns within the original context decides: rarely = slowed, often = kept, between = blended.
+    turns = scaling.original_max_positions * plain / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(plain / scaling.factor, plain, kept.clamp(0.0, 1.0))
