@@ -1,6 +1,6 @@
 """Models: a folder in Hugging Face format becomes a `Decoder`.
 
-    config.py      config.json -> ModelConfig: which switches this model sets; fields.py reads JSON with checks
+    config.py      config.json -> ModelConfig: the switches this model sets; fields.py reads JSON with checks
     checkpoint.py  safetensors files: every tensor by name, mapped, checked against what the model needs
     weights.py     the names; fusing and packing -> Decoder
     decoder.py     the forward pass of a ragged step over paged KV; rope.py its angles
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_model(folder: Path, dtype: "torch.dtype") -> "Decoder":
-    """Raises ModelFolderError (what is wrong with the folder) or ConfigError (a dtype that cannot work here)."""
+    """Raises ModelFolderError (what is wrong with the folder) or ConfigError (a dtype of no use here)."""
     from engine.models.weights import load_decoder
 
     return load_decoder(folder, dtype)

@@ -1,11 +1,12 @@
 """The safetensors files of a model folder: every tensor by name, mapped rather than read.
 
-A mapped tensor costs file-backed pages, which the system can drop and fetch again; nothing is copied until a caller
-converts or packs.  Names and shapes are checked against what the model needs before a single weight is touched.
+A mapped tensor costs file-backed pages, which the system can drop and fetch again; nothing is copied until a
+caller converts or packs.  Names and shapes are checked against the model before a single weight is touched.
 """
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,7 +26,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._shards: dict[str, safe_open] = {}  # file name -> open file
+        self._shards: dict[str, Any] = {}  # file name -> open safetensors file (which is not typed)
         self._file_of: dict[str, str] = {}  # tensor name -> file name
         for file in _weight_files(folder):
             self._shards[file] = _open(folder / file)
@@ -37,7 +38,7 @@ class Checkpoint:
                 self._file_of[name] = file
 
     def check(self, expected: Mapping[str, Shape], ignored: Collection[str]) -> None:
-        """Every expected tensor is there in its shape, and nothing else but `ignored`.  Raises ModelFolderError."""
+        """Every expected tensor is there in its shape, nothing else but `ignored`, or ModelFolderError."""
         missing = [name for name in expected if name not in self._file_of]
         if missing:
             raise ModelFolderError(f"{self._folder} lacks {_some(missing)}, which config.json calls for")
@@ -53,7 +54,8 @@ class Checkpoint:
             found = tuple(header.get_shape())
             if found != shape:
                 raise ModelFolderError(
-                    f"{self._folder / file}: {name} has shape {list(found)}; config.json calls for {list(shape)}"
+                    f"{self._folder / file}: {name} has shape {list(found)}; "
+                    f"config.json calls for {list(shape)}"
                 )
             if header.get_dtype() not in _FLOATS:
                 raise ModelFolderError(
@@ -65,7 +67,7 @@ class Checkpoint:
         return self._file_of.keys()
 
     def tensor(self, name: str) -> Tensor:
-        """In the dtype of the file, mapped: valid for as long as it is held, also after the checkpoint is gone."""
+        """In the dtype of the file, mapped: valid while it is held, also after the checkpoint is gone."""
         tensor: Tensor = self._shards[self._file_of[name]].get_tensor(name)
         return tensor
 
@@ -88,13 +90,13 @@ def _weight_files(folder: Path) -> list[str]:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
         raise ModelFolderError(
-            f"{folder} holds its weights as {pickled[0]}, a pickle: loading one can run any code, so it is refused; "
-            f"convert it to safetensors or use a folder that has them"
+            f"{folder} holds its weights as {pickled[0]}, a pickle: loading one can run any code, so it is "
+            f"refused; convert it to safetensors or use a folder that has them"
         )
     raise ModelFolderError(f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}")
 
 
-def _open(path: Path) -> safe_open:
+def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -1,7 +1,7 @@
 """A model folder's config.json and generation_config.json as one frozen record of what the decoder has to do.
 
-Families differ only in switches.  A switch that the decoder does not have is refused with the reason: a model that
-loads is computed exactly as its makers meant it.
+Families differ only in switches.  A switch that the decoder does not have is refused with the reason: a model
+that loads is computed exactly as its makers meant it.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _SUPPORTED: tuple[Architecture, ...] = get_args(Architecture)
 
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
-    """RoPE of Llama 3.1 and later: slow rotations are slowed by `factor`, fast ones kept, those between blended."""
+    """RoPE of Llama 3.1: slow rotations are slowed further by `factor`, fast ones kept, others blended."""
 
     factor: float
     low_freq_factor: float
@@ -52,7 +52,7 @@ class ModelConfig:
 
     @classmethod
     def from_dir(cls, folder: Path) -> "ModelConfig":
-        """Raises ModelFolderError: no such folder, a file absent or malformed, a model that is not supported."""
+        """Raises ModelFolderError: no such folder, a file absent or malformed, an unsupported model."""
         if not folder.is_dir():
             raise ModelFolderError(
                 f"{folder} is not a folder; expected a model folder in Hugging Face format"
@@ -108,7 +108,7 @@ def _architecture(fields: Fields) -> Architecture:
 def _refuse_unsupported(fields: Fields) -> None:
     if fields.value("quantization_config") is not None:
         raise ModelFolderError(
-            f"{fields.path} has quantization_config; quantized weights are not supported: use the original model"
+            f"{fields.path} has quantization_config; quantized weights are not supported: take the original"
         )
     if fields.value("hidden_act") not in (None, "silu"):
         raise ModelFolderError(
@@ -136,7 +136,7 @@ def _rope_theta(fields: Fields) -> float:
 
 
 def _rope_scaling(fields: Fields) -> Llama3Scaling | None:
-    """From `rope_scaling`, or from `rope_parameters` where transformers 5 keeps theta and scaling together."""
+    """From `rope_scaling`, or from `rope_parameters`, where transformers 5 keeps it together with theta."""
     rope = fields.group("rope_parameters" if fields.value("rope_parameters") else "rope_scaling")
     kind = rope.value("rope_type") or rope.value("type") or "default"
     for holder in (fields, rope):

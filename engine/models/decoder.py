@@ -1,4 +1,4 @@
-"""The decoder of the Llama and Qwen families: token ids of a ragged step in, logits of the rows that sample out.
+"""The decoder of the Llama and Qwen families: token ids of a ragged step in, logits of chosen rows out.
 
 One program for all of them; what differs is data (a bias or none, q/k norms or none).  Nothing here knows of
 conversations, blocks or phases: the caller owns the paged KV and says in `AttnMeta` where each row stands.
@@ -34,7 +34,7 @@ class Layer:
 
 
 class Decoder:
-    """embedding: [V, N] in any float dtype, usually mapped from its file: only looked-up rows are read and converted."""
+    """embedding: [V, N] in any float dtype, mapped from its file: only looked-up rows are ever read."""
 
     def __init__(
         self,
@@ -50,15 +50,15 @@ class Decoder:
         # The norm behind each layer's residual addition belongs to the next one.
         self._next_norms = (*(layer.attention_norm for layer in self._layers[1:]), final_norm)
         self._rope = RopeTable(config)
-        self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._scale = config.head_dim**-0.5
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """One step.  ids: [T] int64; kv: [B, 2, G, P, D] per layer in `dtype`, written at meta.slots; rows: [R] int64.
+        """One step.  ids: [T] int64; kv: [B, 2, G, P, D] in `dtype` for each layer, written at meta.slots.
 
-        Returns logits [R, V] fp32 of those rows of the step.  All K and V of a layer are written before its attention,
-        so segments of one conversation may attend to each other.
+        Returns logits [R, V] fp32 of `rows`: [R] int64, indices into the step.  All K and V of a layer are
+        written before its attention, so segments of one conversation may attend to each other.
         """
         if not len(ids):
             return torch.empty(0, self.config.vocab_size)
@@ -77,7 +77,8 @@ class Decoder:
 
     def _attend(self, layer: Layer, x: Tensor, kv: Tensor, meta: AttnMeta, cos_sin: Tensor) -> Tensor:
         """x: [T, N] -> [T, H * D]."""
-        q, k, v = layer.qkv(x).view(len(x), -1, self.config.head_dim).split(self._heads, dim=1)
+        heads = layer.qkv(x).view(len(x), -1, self.config.head_dim)
+        q, k, v = torch.split(heads, self._heads, dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = _norm_heads(q, layer.q_norm, self.config.norm_eps)
             k = _norm_heads(k, layer.k_norm, self.config.norm_eps)

@@ -9,7 +9,7 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def default_dtype(device: str, cpu_info: Path = _CPU_INFO) -> torch.dtype:
-    """bfloat16 on CUDA and on CPUs that multiply it in hardware, else float32: emulated bfloat16 is slower than that."""
+    """bfloat16 on CUDA and on CPUs that multiply it in hardware; elsewhere float32 is faster."""
     if device != "cpu":
         return torch.bfloat16
     try:

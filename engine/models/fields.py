@@ -1,4 +1,4 @@
-"""JSON files of a model folder, read with every access checked: what is absent or of the wrong kind is named."""
+"""JSON files of a model folder, every access checked: what is absent or of the wrong kind is named."""
 
 import json
 from pathlib import Path

@@ -9,7 +9,7 @@ from engine.errors import InvariantError
 from engine.models.config import Llama3Scaling, ModelConfig
 
 _FIRST_POSITIONS = (
-    4096  # 1 MiB at D = 64; doubled on demand, so that a 128K model costs what its longest context does
+    4096  # 1 MiB at D = 64; doubled on demand: a 128K model costs what its longest context does
 )
 
 
@@ -42,7 +42,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | No
     plain = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     if scaling is None:
         return plain
-    # How often a pair turns within the original context decides: rarely = slowed, often = kept, between = blended.
+    # How often a pair turns within the original context decides: rarely = slowed, often = kept.
     turns = scaling.original_max_positions * plain / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     return torch.lerp(plain / scaling.factor, plain, kept.clamp(0.0, 1.0))

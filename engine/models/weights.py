@@ -1,8 +1,8 @@
 """From a model folder to a `Decoder`: which tensors a model has, and how they are fused and packed.
 
-Linears that read the same input become one, and each is packed for its kernel as soon as it is read, the largest
-first: beyond the packed weights there is never more in memory than one fused linear.  The embedding is not copied at
-all; lookups read the mapped file.
+Linears that read the same input become one, and each is packed for its kernel as soon as it is read, the
+largest first: beyond the packed weights, memory never holds more than one fused linear.  The embedding is not
+copied at all; lookups read the mapped file.
 """
 
 from pathlib import Path
@@ -65,7 +65,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
 
 
 def _harmless(config: ModelConfig, checkpoint: Checkpoint) -> set[str]:
-    """What older tools stored although it follows from the rest: RoPE frequencies, the copy of a tied embedding."""
+    """What some tools store although it follows from the rest: RoPE frequencies, a tied head."""
     buffers = {name for name in checkpoint.names() if name.endswith("rotary_emb.inv_freq")}
     return buffers | {_HEAD} if config.tied_embeddings else buffers
 
@@ -90,7 +90,7 @@ class _Packer:
         if len(parts) == 1:
             return parts[0].to(self._dtype)
         whole = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=self._dtype)
-        for place, part in zip(whole.split([len(part) for part in parts]), parts, strict=True):
+        for place, part in zip(torch.split(whole, [len(part) for part in parts]), parts, strict=True):
             place.copy_(part)
         return whole
 
