@@ -1,30 +1,72 @@
-"""Which implementation of the kernels runs on this machine: native C, or torch where no compiler is at hand."""
+"""Which implementation of the kernels runs on this machine: native C, or torch where that cannot be built.
 
+Decided at the first call, which compiles the C code if nobody has done so before (about a second).
+"""
+
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
+
+from kernels.native import Library, load
+from kernels.native.build import BuildError, InstructionSet, supported
 
 Implementation = Literal["native", "torch"]
 
-_chosen: Implementation = "torch"
+
+@dataclass(frozen=True)
+class _Choice:
+    library: Library | None
+    description: str
+
+
+_override: _Choice | None = None  # set by `use` only
 
 
 def implementation() -> Implementation:
-    """The implementation every kernel call uses."""
-    return _chosen
+    """The implementation that kernel calls use now."""
+    return "torch" if library() is None else "native"
+
+
+def library() -> Library | None:
+    """The native kernels, or None where torch runs in their place."""
+    return (_override or _default()).library
 
 
 def describe() -> str:
-    """One line for people: what runs, and if it is not the fastest, why and what to do."""
-    return "torch"
+    """One line for people: what runs, and if it is torch, why and what to do about it."""
+    return (_override or _default()).description
 
 
 @contextmanager
-def use(name: Implementation) -> Iterator[None]:
-    """Run the body under another implementation.  For tests and benchmarks: it changes the whole process."""
-    global _chosen
-    before, _chosen = _chosen, name
+def use(name: Implementation, isa: InstructionSet | None = None) -> Iterator[None]:
+    """Run the body under another implementation, or another build.  For tests and benchmarks: it changes the process.
+
+    Raises BuildError or OSError where `isa`, by default the best one, cannot be built or loaded.
+    """
+    global _override
+    if name == "torch":
+        choice = _Choice(None, "torch (asked for)")
+    else:
+        choice = _native(isa or supported()[0])
+    before, _override = _override, choice
     try:
         yield
     finally:
-        _chosen = before
+        _override = before
+
+
+@functools.cache
+def _native(isa: InstructionSet) -> _Choice:
+    return _Choice(load(isa), f"native {isa.title}")
+
+
+@functools.cache
+def _default() -> _Choice:
+    if not supported():
+        return _Choice(None, "torch (native kernels need Linux on x86-64 with AVX2)")
+    try:
+        return _native(supported()[0])
+    except (BuildError, OSError) as error:
+        return _Choice(None, f"torch ({error})")

@@ -1,9 +1,13 @@
 """Attention of a step's rows over a paged KV cache, ragged and causal by absolute position."""
 
-from dataclasses import dataclass
+import ctypes
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from kernels import dispatch
+from kernels.native import AttentionArgs, Library
 
 _ROWS_AT_ONCE = 256  # bounds the score matrix of the reference: [G, 256 * H / G, keys] in fp32
 
@@ -22,6 +26,23 @@ class AttnMeta:
     )
     positions: Tensor  # [T] int64, absolute position of each row
     slots: Tensor  # [T] int64, block * P + offset where the row's K and V go; -1 = nowhere
+    plans: dict[object, "_Plan"] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        segments, rows = self.first_pos.numel(), self.positions.numel()
+        expected = {
+            "q_indptr": (torch.int32, (segments + 1,)),
+            "first_pos": (torch.int32, (segments,)),
+            "block_tables": (torch.int32, (segments, self.block_tables.shape[-1])),
+            "positions": (torch.int64, (rows,)),
+            "slots": (torch.int64, (rows,)),
+        }
+        for name, (dtype, shape) in expected.items():
+            tensor: Tensor = getattr(self, name)
+            if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} must be contiguous {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                )
 
 
 def paged_attention_ref(
@@ -81,4 +102,75 @@ def paged_attention(
     Returns out [T, H, D] in q's dtype and lse [T, H] fp32, the natural log of the sum of exponentials, for merge_state.
     A row that sees no key gives (0, -inf).  Slots that no row sees are never interpreted: they may hold NaN.
     """
-    return paged_attention_ref(q, kv, meta, scale, window)
+    library = dispatch.library()
+    if library is None or not _native_covers(q, kv):
+        return paged_attention_ref(q, kv, meta, scale, window)
+    key = (library, q.shape, q.dtype, kv.shape, kv.stride(0), scale, window)
+    plan = meta.plans.get(key)
+    if plan is None:
+        plan = meta.plans[key] = _Plan(library, q, kv, meta, scale, window)
+    return plan.run(q.contiguous(), kv)
+
+
+def _native_covers(q: Tensor, kv: Tensor) -> bool:
+    return q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256 and kv.shape[3] in (16, 32, 64)
+
+
+class _Plan:
+    """What the native kernel needs to know beyond q and kv: checked once per step, used by every layer."""
+
+    def __init__(
+        self, library: Library, q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None
+    ) -> None:
+        _check(q, kv, meta)
+        _, heads, size = q.shape
+        self._function = library.paged_attention
+        self._args = AttentionArgs(
+            q_indptr=meta.q_indptr.data_ptr(),
+            first_pos=meta.first_pos.data_ptr(),
+            block_tables=meta.block_tables.data_ptr(),
+            segments=meta.first_pos.numel(),
+            table_width=meta.block_tables.shape[1],
+            heads=heads,
+            kv_heads=kv.shape[2],
+            size=size,
+            slots=kv.shape[3],
+            block_stride=kv.stride(0),
+            window=window or 0,
+            is_bf16=q.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+            scale=scale,
+        )
+        self._address = ctypes.byref(self._args)
+
+    def run(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        if self._function(self._address, q.data_ptr(), kv.data_ptr(), out.data_ptr(), lse.data_ptr()):
+            raise MemoryError(f"no memory for the partial results of {len(q)} rows of attention")
+        return out, lse
+
+
+def _check(q: Tensor, kv: Tensor, meta: AttnMeta) -> None:
+    """What the native kernel takes for granted.  Raises ValueError, which names the argument."""
+    rows, heads, size = q.shape
+    blocks, two, kv_heads, slots, kv_size = kv.shape
+    if kv.dtype != q.dtype:
+        raise ValueError(f"kv must have q's dtype {q.dtype}, got {kv.dtype}")
+    if two != 2 or kv_size != size or heads % kv_heads or size % 2:
+        raise ValueError(f"kv {list(kv.shape)} does not fit q {list(q.shape)}: want [B, 2, G, P, {size}], G | {heads}")
+    if blocks and not kv[0].is_contiguous():
+        raise ValueError(f"each block of kv must be contiguous, got strides {kv.stride()}")
+    lengths = meta.q_indptr.diff()
+    if meta.q_indptr[0] != 0 or meta.q_indptr[-1] != rows or (lengths < 0).any():
+        raise ValueError(f"q_indptr must ascend from 0 to {rows} rows, got {meta.q_indptr.tolist()}")
+    starts = (meta.first_pos - meta.q_indptr[:-1]).long()
+    expected = torch.repeat_interleave(starts, lengths.long()) + torch.arange(rows)
+    if not torch.equal(expected, meta.positions):
+        raise ValueError("positions must ascend by one from first_pos within each segment")
+    if rows and not (0 <= int(meta.positions.min()) and int(meta.positions.max()) < 2**31 - 1024):
+        raise ValueError(f"positions must lie in [0, 2^31 - 1024), got {meta.positions.min()} .. {meta.positions.max()}")
+    needed = -(-int((meta.first_pos + lengths).max()) // slots) if rows else 0
+    if meta.block_tables.shape[1] < needed:
+        raise ValueError(f"block_tables must be {needed} blocks wide for these positions, got {meta.block_tables.shape[1]}")
+    if meta.block_tables.numel() and int(meta.block_tables.max()) >= blocks:
+        raise ValueError(f"block_tables names block {meta.block_tables.max()}, kv has {blocks}")

@@ -1,0 +1,146 @@
+"""Compiles the C kernels: one shared library per instruction set, about a second each, kept under a name that
+changes with source, flags and compiler.  `python -m kernels.native.build` builds what this CPU can run.
+
+The libraries use the OpenMP runtime that torch has loaded: two runtimes in one process would each keep a thread per core.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+_SOURCES = ("attention.c",)
+_HEADERS = ("simd.h",)
+_FLAGS = ("-O3", "-std=gnu11", "-Wall", "-Wextra", "-Wno-sign-compare", "-fPIC", "-fopenmp", "-fno-math-errno")
+_SAME_BITS = ("-ffp-contract=off",)  # products are fused where the source says so, never where the compiler likes
+_TIMEOUT_S = 120
+
+
+class BuildError(Exception):
+    """The kernels could not be compiled here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """A build of the kernels.  cpu_flags as in /proc/cpuinfo; all are needed."""
+
+    name: str
+    title: str
+    compiler_flags: tuple[str, ...]
+    cpu_flags: frozenset[str]
+
+
+_AVX2 = ("avx2", "fma")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+
+
+def _set(name: str, title: str, flags: tuple[str, ...], *more: str) -> InstructionSet:
+    compiler_flags = tuple(f"-m{flag.replace('_', '')}" for flag in (*flags, *more))
+    return InstructionSet(name, title, compiler_flags, frozenset((*flags, *more)))
+
+
+INSTRUCTION_SETS = (  # best first
+    _set("avx512_bf16", "AVX-512 BF16", _AVX512, "avx512_bf16"),
+    _set("avx512", "AVX-512", _AVX512),
+    _set("avx2", "AVX2", _AVX2),
+)
+
+
+@functools.cache
+def supported() -> tuple[InstructionSet, ...]:
+    """The instruction sets this machine can run, best first; none where the kernels do not apply at all."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return ()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = set(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+    return tuple(isa for isa in INSTRUCTION_SETS if isa.cpu_flags <= flags)
+
+
+def build(isa: InstructionSet) -> Path:
+    """The library for `isa`, compiled now unless it is there already.  Raises BuildError."""
+    name = f"{isa.name}-{_fingerprint(isa)}.so"
+    folders = [_HERE / "_build", Path(tempfile.gettempdir()) / f"continuo-kernels-{os.getuid()}"]
+    for folder in folders:
+        if (folder / name).exists() and _only_ours(folder):
+            return folder / name
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        raise BuildError("no C compiler found: install gcc")
+    for folder in folders:
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK) and _only_ours(folder):
+            _compile(compiler, isa, folder / name)
+            return folder / name
+    raise BuildError(f"no folder to build in: make {folders[0]} or {folders[1]} yours and writable")
+
+
+def _compile(compiler: str, isa: InstructionSet, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        sources = [str(_HERE / source) for source in _SOURCES]
+        objects = [Path(source).with_suffix(".o").name for source in _SOURCES]
+        _run([compiler, *_FLAGS, *_SAME_BITS, *isa.compiler_flags, "-c", *sources], work)
+        _run([compiler, "-shared", "-Wl,-z,defs", *objects, _openmp_runtime(), "-lm", "-o", "kernels.so"], work)
+        os.replace(Path(work) / "kernels.so", target)  # whole or not at all, whoever else builds it now
+
+
+def _run(command: list[str], folder: str) -> None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"compiling the kernels failed: {error}") from error
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise BuildError(f"compiling the kernels failed: {' | '.join(errors[:3])} (by {' '.join(command)})")
+
+
+def _openmp_runtime() -> str:
+    """The runtime torch was shipped with, whatever its name; the system's where torch uses that."""
+    root = Path(torch.__file__).parent
+    shipped = [*root.glob("lib/libgomp*.so*"), *root.parent.glob("torch.libs/libgomp*.so*")]
+    return str(shipped[0]) if shipped else "-lgomp"
+
+
+def _fingerprint(isa: InstructionSet) -> str:
+    digest = hashlib.sha256(repr((_FLAGS, _SAME_BITS, isa.compiler_flags, _openmp_runtime())).encode())
+    for file in (*_SOURCES, *_HEADERS):
+        digest.update((_HERE / file).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _only_ours(folder: Path) -> bool:
+    """Whether nobody but this user (or root) can have put a library there."""
+    info = folder.lstat()
+    writable_by_others = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(info.st_mode) and info.st_uid in (os.getuid(), 0) and not writable_by_others
+
+
+def main() -> int:
+    if not supported():
+        print(f"kernels: torch only ({platform.machine()} on {sys.platform} has no native build)")
+        return 0
+    isa, begin = supported()[0], time.monotonic()
+    try:
+        path = build(isa)
+    except BuildError as error:
+        print(f"kernels: torch only ({error})", file=sys.stderr)
+        return 1
+    print(f"kernels: native {isa.title}, {path.name}, {time.monotonic() - begin:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
