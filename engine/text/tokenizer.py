@@ -1,0 +1,215 @@
+"""A model folder's tokenizer: text to ids, ids to text, special tokens, and the source of the chat template.
+
+Encoding is the `tokenizers` library's (it releases the interpreter lock, so a pool of threads can encode).
+Decoding joins the bytes of the tokens (`token_bytes.py`), so one-shot and streamed text agree for every
+split.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from engine.errors import InvalidRequest, ModelFolderError
+from engine.text.token_bytes import decode_rule
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text and ids of one model.  Threads may share it.
+
+    `special_ids` are the tokens that the tokenizer's files call special.  `control_tokens` (text -> id) are
+    those plus the tags that the chat template itself writes: what the content of a message must never become.
+    `fingerprint` changes with anything that changes the ids of a text.
+    """
+
+    def __init__(self, definition: str, config: Mapping[str, Any], chat_template: str | None) -> None:
+        """`definition` is the content of tokenizer.json; raises ValueError if its kind is not supported."""
+        self._definition = definition
+        self._backend = _without_limits(tokenizers.Tokenizer.from_str(definition))
+        decoder = self._backend.decoder
+        rule = decode_rule(None if decoder is None else json.loads(decoder.__getstate__()))
+        self._spells, self._drops_first_space = rule.spells, rule.drops_first_space
+        self._bytes: dict[int, bytes] = {}
+        added = self._backend.get_added_tokens_decoder()
+        self._added: dict[int, str] = {id: token.content for id, token in added.items()}
+
+        self.chat_template = chat_template
+        self.named_tokens = {name: text for name in _NAMED_TOKENS if (text := _token_text(config.get(name)))}
+        self.bos_token = self.named_tokens.get("bos_token")
+        self.eos_token = self.named_tokens.get("eos_token")
+        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        names = set(self.named_tokens.values())
+        special = {
+            token.content: id for id, token in added.items() if token.special or token.content in names
+        }
+        tags = {
+            text: id for id, text in self._added.items() if _is_tag(text) and text in (chat_template or "")
+        }
+        self.special_ids = frozenset(special.values())
+        self.control_tokens = special | tags
+        self._control_ids = frozenset(self.control_tokens.values())
+        self._unknown_id = self._backend.token_to_id(getattr(self._backend.model, "unk_token", None) or "")
+        identity = json.dumps([definition, chat_template, self.named_tokens], sort_keys=True)
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    @classmethod
+    def from_dir(cls, path: Path | str) -> "Tokenizer":
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja (the last two may be absent).
+
+        Raises ModelFolderError naming the file that is missing, corrupt or of a kind that is not supported.
+        """
+        file = Path(path) / "tokenizer.json"
+        definition = _read(file)
+        if definition is None:
+            raise ModelFolderError(
+                f"{file} is missing; if the folder has a tokenizer in another format, convert it with"
+                f" transformers: AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+            )
+        config = _read_config(Path(path) / "tokenizer_config.json")
+        template = _read(Path(path) / "chat_template.jinja") or _default_template(config.get("chat_template"))
+        try:
+            return cls(definition, config, template)
+        except ValueError as error:
+            raise ModelFolderError(
+                f"{file} is not supported: {error}; supported are byte-level BPE and SentencePiece-style"
+                " tokenizers with byte fallback"
+            ) from error
+        except Exception as error:  # the library raises plain Exception for whatever it cannot read
+            raise _corrupt(file, error) from error
+
+    def encode(self, text: str, *, allow_special: bool, after: int | None = None) -> list[int]:
+        """Ids of `text`; nothing is put before or behind it.
+
+        With `allow_special=False` text that looks like a control token stays text.  `after` is the id that
+        the text continues from, None at the start of a history: SentencePiece adds a space at the start only,
+        and some special tokens swallow the white space that follows them.  Raises InvalidRequest if the
+        tokenizer has no way to spell a control token as text.
+        """
+        ids = self._encode_after(self._backend, text, after, self._added)
+        if allow_special or self._control_ids.isdisjoint(ids):
+            return ids
+        ids = self._encode_after(self._literal_backend, text, after, {})
+        if forged := self._control_ids.intersection(ids) - {self._unknown_id}:
+            raise InvalidRequest(
+                f"the text contains {self._added[min(forged)]!r}, which this model's tokenizer can only read"
+                " as a control token; leave it out"
+            )
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool, after: int | None = None) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.  `after` as in `encode`."""
+        data = b"".join([self.token_bytes(id, skip_special=skip_special) for id in ids])
+        if self.drops_space(after):
+            data = data.removeprefix(b" ")
+        return data.decode(errors="replace")
+
+    def token_bytes(self, id: int, *, skip_special: bool) -> bytes:
+        """The bytes that a token stands for; none for ids beyond the vocabulary (models pad theirs)."""
+        if skip_special and id in self.special_ids:
+            return b""
+        data = self._bytes.get(id)
+        if data is None:
+            data = self._bytes[id] = self._look_up(id)
+        return data
+
+    def drops_space(self, after: int | None) -> bool:
+        """Whether the first space of a text that follows this id (None: nothing) was added by encoding."""
+        if after is None:
+            return self._drops_first_space
+        return after in self._added and self._adds_space_after_added
+
+    def special_text(self, id: int) -> str | None:
+        """The text of a special token, None for any other id."""
+        return self._added[id] if id in self.special_ids else None
+
+    def _look_up(self, id: int) -> bytes:
+        token = self._backend.id_to_token(id)
+        return b"" if token is None else self._spells(token)
+
+    def _encode_after(
+        self, backend: tokenizers.Tokenizer, text: str, after: int | None, added: Mapping[int, str]
+    ) -> list[int]:
+        """Encode behind an anchor that stands for what precedes the text, then take its ids off again."""
+        if after is None:
+            return _ids(backend, text)
+        anchor = added.get(after) or ("\n" if self._drops_first_space else "")
+        head = _ids(backend, anchor)
+        ids = _ids(backend, anchor + text)
+        return ids[len(head) :] if ids[: len(head)] == head else _ids(backend, text)
+
+    @cached_property
+    def _adds_space_after_added(self) -> bool:
+        """True for tokenizers that treat the text behind each added token as the start of a text."""
+        if not self._drops_first_space:
+            return False
+        probes = (_ids(self._backend, text + "a")[1:] for text in self._added.values())
+        first = next((ids[0] for ids in probes if ids), None)
+        return first is not None and self._look_up(first).startswith(b" ")
+
+    @cached_property
+    def _literal_backend(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, blind to control tokens; made when first needed, as it costs what loading does."""
+        definition = json.loads(self._definition)
+        for token in definition["added_tokens"]:
+            token["special"] = token["id"] in self._control_ids
+        backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        backend.encode_special_tokens = True
+        return _without_limits(backend)
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    return list(backend.encode(text, add_special_tokens=False).ids) if text else []
+
+
+def _without_limits(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _is_tag(text: str) -> bool:
+    return re.fullmatch(r"<\S.*>|\[\S.*\]", text) is not None
+
+
+def _token_text(entry: object) -> str | None:
+    """A token in tokenizer_config.json is a string, or an object with its text in `content`."""
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    return text if isinstance(text, str) else None
+
+
+def _default_template(entry: object) -> str | None:
+    """`chat_template` is the source itself, or a list of named ones of which `default` is for plain chat."""
+    if isinstance(entry, list):
+        entry = {named.get("name"): named.get("template") for named in entry}.get("default")
+    return entry if isinstance(entry, str) else None
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _corrupt(path, error) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    text = _read(path)
+    try:
+        config = {} if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise _corrupt(path, error) from error
+    if not isinstance(config, dict):
+        raise _corrupt(path, ValueError("it holds no JSON object"))
+    return config
+
+
+def _corrupt(path: Path, error: Exception) -> ModelFolderError:
+    return ModelFolderError(f"{path} cannot be read ({error}); fetch the file again")
