@@ -1,0 +1,57 @@
+"""What crosses from the scheduler to the runner and back: plain frozen data, no torch.
+
+A batch is a list of segments.  Decoding is a segment of length 1; a chunk of a prompt and a recomputed prefix are longer
+ones; nothing else distinguishes them.
+"""
+
+from dataclasses import dataclass, field
+
+from engine.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RowParams:
+    """How to choose the token that follows one segment."""
+
+    sampling: SamplingParams  # fully resolved
+    seed: int
+    position: int  # absolute position of the token being chosen
+    num_generated: int  # tokens of the reply before it
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive positions of one conversation, computed in one step.
+
+    `token_ids` is None for a single token that an earlier, not yet applied step samples for the same `row`.
+    """
+
+    row: int  # names the turn towards the runner
+    first: int  # absolute position of the first token
+    token_ids: tuple[int, ...] | None
+    slots: tuple[int, ...]  # device block of each block of the conversation up to the segment's end, -1 = hole
+    draw: RowParams | None  # set if the last position's logits choose a token
+
+    @property
+    def length(self) -> int:
+        return 1 if self.token_ids is None else len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass.  Built by the scheduler, read by the runner, changed by nobody."""
+
+    number: int
+    segments: tuple[Segment, ...]  # order = row order in the batch
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(segment.length for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The tokens that a step chose, by `Segment.row`, and how long it took."""
+
+    sampled: dict[int, int] = field(default_factory=dict)
+    seconds: float = 0.0

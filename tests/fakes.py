@@ -1,0 +1,79 @@
+"""Small real classes behind the engine's interfaces: a clock that tests move, and a model whose replies depend on every KV
+entry it reads, so that a wrong cache changes the text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.batch import StepPlan, StepResult
+
+VOCAB = 97
+EOS = 0
+POISON = -1
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall(self) -> float:
+        return 1_800_000_000.0 + self.now
+
+
+def _mix(a: int, b: int) -> int:
+    return (a * 6364136223846793005 + b * 1442695040888963407 + 1) % (2**61 - 1)
+
+
+def choose(values: Sequence[int]) -> int:
+    """The token that follows a history whose KV entries are `values`, one per position."""
+    state = 7
+    for value in values:
+        state = _mix(state, value)
+    return (state >> 17) % VOCAB
+
+
+def stateless_reply(history: Sequence[int], num_tokens: int, eos_ids: frozenset[int] = frozenset({EOS})) -> list[int]:
+    """What a fresh run over `history` replies: nothing is cached, shared or evicted here."""
+    values: list[int] = []
+    for position, token in enumerate(history):
+        values.append(_mix(_mix(token, position), values[-1] if values else 0))
+    reply: list[int] = []
+    while len(reply) < num_tokens and not (reply and reply[-1] in eos_ids):
+        reply.append(choose(values))
+        values.append(_mix(_mix(reply[-1], len(values)), values[-1]))
+    return reply
+
+
+class FakeRunner:
+    """Keeps one integer per token slot.  The entry of a position mixes token, position and the entry before it, read through
+    the block table, as the KV of a deep layer depends on all that came before."""
+
+    def __init__(self, num_slots: int, block_size: int) -> None:
+        self.kv = np.full((num_slots, block_size), POISON, dtype=np.int64)
+        self.block_size = block_size
+        self.num_computed = 0
+        self._last: dict[int, int] = {}
+
+    def run(self, plan: StepPlan) -> StepResult:
+        sampled = {}
+        for segment in plan.segments:
+            ids = (self._last[segment.row],) if segment.token_ids is None else segment.token_ids
+            for position, token in enumerate(ids, segment.first):
+                before = self._read(segment.slots, position - 1) if position else 0
+                slot, offset = segment.slots[position // self.block_size], position % self.block_size
+                self.kv[slot, offset] = _mix(_mix(token, position), before)
+            self.num_computed += len(ids)
+            if segment.draw is not None:
+                values = [self._read(segment.slots, position) for position in range(segment.draw.position)]
+                sampled[segment.row] = choose(values)
+        self._last.update(sampled)
+        return StepResult(sampled)
+
+    def _read(self, slots: Sequence[int], position: int) -> int:
+        value = int(self.kv[slots[position // self.block_size], position % self.block_size])
+        assert slots[position // self.block_size] >= 0, f"position {position} was attended while its block is a hole"
+        assert value != POISON, f"position {position} was attended before anything was written there"
+        return value
