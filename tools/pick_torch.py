@@ -1,13 +1,12 @@
 """Says where set-up should get torch: prints the package index (empty: pip's default) and, below it, why.
 
-A machine without an NVIDIA driver should not download gigabytes of CUDA libraries. Which build the default index
-would give is not visible in its name, so pip is asked for the requirements of the wheel that it would take.
+A machine without an NVIDIA driver should not download gigabytes of CUDA libraries. Which build the default
+index would give is not visible in its name, so pip is asked what the wheel that it would take requires.
 Run by tools/setup.sh with the Python of .venv before anything is installed there: standard library only.
 """
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ def choose(
     default_needs_cuda: Callable[[], bool],
     cpu_index_answers: Callable[[], bool],
 ) -> tuple[str, str]:
-    """Return (index, reason); an empty index is pip's default. Each fact is asked for only when it decides."""
+    """Return (index, reason); an empty index is pip's default. A fact is asked for only when it decides."""
     if override:
         return override, "from CONTINUO_TORCH_INDEX"
     if has_driver():
@@ -51,7 +50,9 @@ def has_nvidia_driver() -> bool:
 
 
 def default_index_needs_cuda(requirement: str) -> bool:
-    """Whether pip's default torch requires CUDA libraries on this platform; an index too slow to say counts as yes."""
+    """Whether pip's default torch requires CUDA libraries here; an index too slow to say counts as yes."""
+    if sys.platform != "linux":
+        return False  # the same metadata serves all platforms, and markers confine those libraries to Linux
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     command += ["--no-deps", "--report", "-", requirement]
     try:
@@ -61,16 +62,12 @@ def default_index_needs_cuda(requirement: str) -> bool:
     if answer.returncode != 0:
         return True
     (torch,) = json.loads(answer.stdout)["install"]
-    return requires_cuda(torch["metadata"].get("requires_dist", []), sys.platform)
+    return requires_cuda(torch["metadata"].get("requires_dist", []))
 
 
-def requires_cuda(requirements: list[str], platform: str) -> bool:
-    """Whether a wheel with these requirements pulls CUDA libraries in on `platform` (as sys.platform spells it)."""
-    linux_only = re.compile(r"""platform_system\s*==\s*["']Linux["']""")
-    return any(
-        re.match(r"nvidia-|cuda-", line) and (platform == "linux" or not linux_only.search(line))
-        for line in requirements
-    )
+def requires_cuda(requirements: list[str]) -> bool:
+    """Whether a wheel with these requirements pulls CUDA libraries in."""
+    return any(line.startswith(("nvidia-", "cuda-")) for line in requirements)
 
 
 def answers(url: str) -> bool:

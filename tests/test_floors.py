@@ -1,0 +1,188 @@
+"""The house stands: imports go down only.
+
+Files are parsed, never imported, so that an import inside a function or under TYPE_CHECKING counts as well.
+What a module pulls in at run time is checked in a fresh interpreter, for the few doors that must stay light.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HOUSE = ("kernels", "engine", "rpc", "tools")
+
+# The longest matching room counts. A module of the engine without a line of its own is on floor 4.
+FLOORS = {
+    "kernels": 0,
+    "engine.config": 1,
+    "engine.errors": 1,
+    "engine.types": 1,
+    "engine.cache": 2,
+    "engine.models": 2,
+    "engine.text": 2,
+    "engine.dist": 3,
+    "engine.": 4,
+    "engine.core": 5,
+    "engine.async_engine": 5,
+    "engine.loader": 5,
+    "engine.simulation": 5,
+    "engine": 5,
+    "rpc": 6,
+    "tools": 7,
+}
+FOREIGN = -1
+NOT_EACH_OTHER = 2  # the rooms of this floor do not know one another
+SHARED_WORDS = (
+    1  # errors and types that rpc may name as well; of the floors above, only what `engine` itself exports
+)
+KERNELS_MAY_IMPORT = {"torch", "triton"}
+
+
+def room_of(module: str) -> str | None:
+    """The room of the house that a dotted module name lies in; None for a foreign one."""
+    if module == "engine":
+        return "engine"
+    fitting = [room for room in FLOORS if f"{module}.".startswith(room if room.endswith(".") else f"{room}.")]
+    fitting = [room for room in fitting if room != "engine"]
+    return max(fitting, key=len, default=None)
+
+
+def floor_of(module: str) -> int:
+    room = room_of(module)
+    return FOREIGN if room is None else FLOORS[room]
+
+
+def house_files() -> dict[str, Path]:
+    """Dotted module name -> file, of all that is ours and not generated."""
+    files = {}
+    for room in HOUSE:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if "_generated" not in parts:
+                files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
+
+
+FILES = house_files()
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def imported_modules(module: str, source: str) -> Iterator[str]:
+    """Every module that `source` names in an import, relative ones resolved against `module`."""
+    package = module if FILES.get(module, Path()).name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            origin = ".".join(filter(None, (base, node.module)))
+            for alias in node.names:
+                name = f"{origin}.{alias.name}"
+                yield name if is_module(name) else origin
+
+
+def broken_rules(module: str, source: str) -> list[str]:
+    """What a module of the house imports against the rules, each as a sentence."""
+    here, room = floor_of(module), room_of(module)
+    broken = []
+    for name in imported_modules(module, source):
+        floor, other = floor_of(name), room_of(name)
+        if floor > here:
+            broken.append(f"{module} (floor {here}) reaches up to {name} (floor {floor})")
+        if floor == here == NOT_EACH_OTHER and other != room:
+            broken.append(f"{module} knows {name}, a room beside it")
+        if room == "rpc" and name.startswith("engine.") and floor != SHARED_WORDS:
+            broken.append(f"{module} reaches past the engine's public names to {name}")
+        if room == "kernels" and floor == FOREIGN and name.partition(".")[0] not in sys.stdlib_module_names:
+            if name.partition(".")[0] not in KERNELS_MAY_IMPORT:
+                broken.append(f"{module} imports {name}: kernels stand on torch alone")
+    return broken
+
+
+def test_imports_go_down():
+    assert {module.partition(".")[0] for module in FILES} == set(HOUSE)
+    broken = [line for module, path in FILES.items() for line in broken_rules(module, path.read_text())]
+    assert not broken, "\n".join(broken)
+
+
+def test_no_module_imports_itself_by_a_detour():
+    graph = {
+        module: {name for name in imported_modules(module, path.read_text()) if name in FILES}
+        for module, path in FILES.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the ring
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("kernels.rope", "from engine.types import Clock", "reaches up"),
+        ("kernels.rope", "import numpy", "torch alone"),
+        ("engine.types", "import engine.cache", "reaches up"),
+        ("engine.cache.manager", "from ..scheduler import Scheduler", "reaches up"),
+        ("engine.cache.manager", "from engine import models", "a room beside it"),
+        ("engine.scheduler", "def f():\n    import engine.core", "reaches up"),
+        ("engine.core", "from rpc import codec", "reaches up"),
+        ("rpc.servicer", "from engine.core import EngineCore", "public names"),
+        ("rpc.servicer", "import tools.cli", "reaches up"),
+    ],
+)
+def test_an_import_against_the_rules_is_found(module, source, complaint):
+    (line,) = broken_rules(module, source)
+    assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "engine.models.decoder",
+            "from kernels.rope import rope_kv_write\nfrom engine.errors import EngineError",
+        ),
+        ("engine.cache.manager", "from engine.cache.block_pool import BlockPool"),
+        ("rpc.servicer", "from engine import AsyncEngine\nfrom engine.errors import NotFound\nimport grpc"),
+        ("tools.cli", "import rpc.server, engine.core, kernels.dispatch"),
+    ],
+)
+def test_an_import_within_the_rules_is_let_pass(module, source):
+    assert broken_rules(module, source) == []
+
+
+def test_only_tools_read_the_environment():
+    readers = [
+        module
+        for module, path in FILES.items()
+        if floor_of(module) < FLOORS["tools"]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}
+    ]
+    assert not readers, f"the environment is read below tools/: {readers}"
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("kernels", {"torch", "triton"}),
+        ("engine", {"torch", "numpy", "tokenizers"}),
+        ("engine.scheduler", {"torch", "asyncio"}),
+        ("engine.cache", {"torch", "asyncio"}),
+        ("rpc.client", {"torch", "engine", "kernels", "numpy", "tokenizers"}),
+        ("tools.cli", {"torch"}),
+    ],
+)
+def test_a_light_module_stays_light(module, heavy):
+    code = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.split() == [], f"import {module} also loads these"
