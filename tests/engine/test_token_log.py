@@ -1,0 +1,494 @@
+"""The token log keeps what it acknowledged, erases what it was told to, and says who is in its way."""
+
+import os
+import random
+import resource
+import signal
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from engine.errors import (
+    AlreadyExists,
+    DataDirError,
+    EngineStopped,
+    InvalidRequest,
+    InvariantError,
+    NotFound,
+)
+from engine.log_schema import MIGRATIONS
+from engine.token_log import TokenLog
+from engine.types import (
+    ConversationId,
+    ConversationRecord,
+    FinishReason,
+    Message,
+    SamplingParams,
+    Tenant,
+    Timing,
+    TurnId,
+    TurnRecord,
+    Usage,
+)
+
+
+class Clock:
+    """Wall time that tests move."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.25
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wall(self) -> float:
+        return self.now
+
+
+def conversation(name: str, **changes: object) -> ConversationRecord:
+    fields: dict[str, object] = {
+        "id": ConversationId(name),
+        "tenant": Tenant("local"),
+        "fingerprint": "f00d",
+        "system": "Be brief.",
+        "sampling": SamplingParams(temperature=0.7, top_k=20, stop=("END", "\n\n"), stop_token_ids=(5,)),
+        "labels": {"app": "test", "it's": 'a "label"'},
+        "created_at": 1.5,
+        "updated_at": 2.25,
+        "resume_token": "secret",
+    }
+    return ConversationRecord(**fields | changes)  # type: ignore[arg-type]
+
+
+def turn(number: int, first_token: int, prompt: int = 3, reply: int = 2, **changes: object) -> TurnRecord:
+    ids = random.Random(number)
+    fields: dict[str, object] = {
+        "turn_id": TurnId(f"t-{number}"),
+        "number": number,
+        "first_token": first_token,
+        "prompt_ids": tuple(ids.randrange(2**31) for _ in range(prompt)),
+        "reply_ids": tuple(ids.randrange(2**31) for _ in range(reply)),
+        "messages": (Message("user", "Grüße 🙂\0"), Message("tool", "")),
+        "reply_text": "Ünd",
+        "finish_reason": FinishReason.STOP_STRING,
+        "matched_stop": "END",
+        "usage": Usage(3, 2, 0, 1, 2),
+        "timing": Timing(0.1, 0.2, 0.3),
+        "created_at": 3.5,
+        "done_seq": 10 * number,
+        "digest": b"\x00\xff",
+        "history_rewritten": number == 1,
+    }
+    return TurnRecord(**fields | changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(params=["disk", "memory"])
+def log(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[TokenLog]:
+    with closing(TokenLog.open(tmp_path if request.param == "disk" else None, clock=clock)) as log:
+        yield log
+
+
+def stored(log: TokenLog, name: str) -> tuple[ConversationRecord, list[TurnRecord]]:
+    found = log.load(ConversationId(name)).result()
+    assert found is not None
+    return found
+
+
+def hold(log: TokenLog) -> threading.Event:
+    """Keep the writer busy until the returned event is set: what is submitted meanwhile is one group."""
+    entered, released = threading.Event(), threading.Event()
+
+    def wait(_: sqlite3.Connection) -> None:
+        entered.set()
+        released.wait(30)
+
+    log._submit(wait)
+    assert entered.wait(30)
+    return released
+
+
+def test_a_conversation_comes_back_as_it_was_committed(log: TokenLog, clock: Clock) -> None:
+    turns = [turn(0, 0), turn(1, 5, prompt=0, reply=1), turn(2, 6, matched_stop=None, messages=())]
+    log.create(conversation("c-1")).result()
+    log.create(conversation("c-2", system=None, labels={}, sampling=SamplingParams())).result()
+    for seq, record in enumerate(turns):
+        clock.now += 1
+        log.commit_turn(ConversationId("c-1"), record, seq_mark=seq + 100).result()
+    log.set_resume_token(ConversationId("c-1"), "another").result()
+
+    expected = conversation(
+        "c-1", num_turns=3, num_tokens=11, seq_mark=102, updated_at=clock.now, resume_token="another"
+    )
+    assert stored(log, "c-1") == (expected, turns)
+    assert stored(log, "c-2") == (
+        conversation("c-2", system=None, labels={}, sampling=SamplingParams()),
+        [],
+    )
+    assert log.load(ConversationId("c-3")).result() is None
+
+
+def test_a_long_conversation_keeps_every_token(log: TokenLog) -> None:
+    long = turn(0, 0, prompt=100_000, reply=1_000)
+    log.create(conversation("c-1"))
+    log.commit_turn(ConversationId("c-1"), long, 1).result()
+    assert stored(log, "c-1")[1] == [long]
+
+
+def test_what_was_closed_is_there_when_opened_again(tmp_path: Path, clock: Clock) -> None:
+    log = TokenLog.open(tmp_path, clock=clock)
+    released = hold(log)
+    log.create(conversation("c-1"))
+    log.commit_turn(ConversationId("c-1"), turn(0, 0), 7)
+    threading.Timer(0.05, released.set).start()
+    log.close()
+    log.close()
+    with pytest.raises(EngineStopped, match="the token log is closed"):
+        log.load(ConversationId("c-1"))
+    with closing(TokenLog.open(tmp_path, clock=clock)) as again:
+        assert stored(again, "c-1")[1] == [turn(0, 0)]
+
+
+def test_an_id_is_taken_once(log: TokenLog) -> None:
+    log.create(conversation("c-1")).result()
+    with pytest.raises(AlreadyExists, match="conversation id c-1 is taken; choose another or none"):
+        log.create(conversation("c-1", tenant=Tenant("other"))).result()
+    log.commit_turn(ConversationId("c-1"), turn(0, 0), 1).result()
+    with pytest.raises(AlreadyExists, match="turn id t-0 was used for turn 0 of c-1"):
+        log.commit_turn(ConversationId("c-1"), turn(1, 5, turn_id=TurnId("t-0")), 1).result()
+    log.create(conversation("c-2")).result()
+    log.commit_turn(ConversationId("c-2"), turn(0, 0), 1).result()  # turn ids are a conversation's own
+
+
+def test_a_turn_that_does_not_continue_the_history_is_refused(log: TokenLog) -> None:
+    log.create(conversation("c-1")).result()
+    log.commit_turn(ConversationId("c-1"), turn(0, 0), 1).result()
+    before = stored(log, "c-1")
+    for wrong in (turn(2, 5), turn(1, 4)):
+        with pytest.raises(InvariantError, match="was to follow 1 turns of 5 tokens in c-1"):
+            log.commit_turn(ConversationId("c-1"), wrong, 2).result()
+    assert stored(log, "c-1") == before
+
+
+def test_what_is_not_there_cannot_be_changed(log: TokenLog) -> None:
+    gone = ConversationId("c-9")
+    for operation in (
+        log.commit_turn(gone, turn(0, 0), 1),
+        log.set_resume_token(gone, "x"),
+        log.delete(gone),
+    ):
+        with pytest.raises(NotFound, match="conversation c-9 is not in the token log"):
+            operation.result()
+
+
+def test_waiting_operations_share_one_transaction_and_fail_alone(log: TokenLog) -> None:
+    released = hold(log)
+    before = log.num_commits
+    operations = [log.create(conversation(f"c-{n}")) for n in range(30)]
+    duplicate = log.create(conversation("c-3"))
+    unencodable = log.create(conversation("c-x", system="\ud800"))
+    operations += [log.commit_turn(ConversationId(f"c-{n}"), turn(0, 0), n) for n in range(30)]
+    released.set()
+    for operation in operations:
+        operation.result()
+    assert isinstance(duplicate.exception(), AlreadyExists)
+    assert isinstance(unencodable.exception(), UnicodeEncodeError)
+    assert log.num_commits == before + 2  # the one that was held, and everything else
+    assert stored(log, "c-29")[1] == [turn(0, 0)]
+    assert log.load(ConversationId("c-x")).result() is None
+
+
+def test_a_submitted_operation_cannot_be_cancelled(log: TokenLog) -> None:
+    released = hold(log)
+    created = log.create(conversation("c-1"))
+    assert not created.cancel()
+    released.set()
+    created.result()
+    assert stored(log, "c-1")[0] == conversation("c-1")
+
+
+def test_pages_show_each_conversation_of_the_tenant_once_newest_first(log: TokenLog) -> None:
+    times = [5.0, 1.0, 5.0, 3.0, 5.0, 2.0, 1.0]
+    for n, time in enumerate(times):
+        log.create(conversation(f"c-{n}", updated_at=time))
+    log.create(conversation("c-foreign", tenant=Tenant("other")))
+
+    seen, token, sizes = [], "", []
+    while True:
+        page = log.list_conversations(Tenant("local"), labels={}, page_size=3, page_token=token).result()
+        seen += [record.id for record in page.records]
+        sizes.append(len(page.records))
+        token = page.next_token
+        if not token:
+            break
+        log.create(conversation(f"c-new{len(sizes)}", updated_at=9.0))  # newer than any page to come
+    assert seen == ["c-4", "c-2", "c-0", "c-3", "c-5", "c-6", "c-1"]
+    assert sizes == [3, 3, 1]
+
+
+def test_a_last_page_that_is_full_is_known_to_be_the_last(log: TokenLog) -> None:
+    for n in range(2):
+        log.create(conversation(f"c-{n}"))
+    page = log.list_conversations(Tenant("local"), labels={}, page_size=2).result()
+    assert (len(page.records), page.next_token) == (2, "")
+
+
+def test_labels_must_all_match(log: TokenLog) -> None:
+    log.create(conversation("c-1", labels={"app": "a", "x.y": "1"}))
+    log.create(conversation("c-2", labels={"app": "a", "x.y": "2"}))
+    log.create(conversation("c-3", labels={"a": "app"}))
+
+    def ids(labels: dict[str, str]) -> list[str]:
+        page = log.list_conversations(Tenant("local"), labels=labels, page_size=9).result()
+        return sorted(record.id for record in page.records)
+
+    assert ids({"app": "a"}) == ["c-1", "c-2"]
+    assert ids({"app": "a", "x.y": "2"}) == ["c-2"]
+    assert ids({"app": "b"}) == []
+    assert ids({}) == ["c-1", "c-2", "c-3"]
+
+
+@pytest.mark.parametrize("token", ["nonsense", "e30=", "WzFd", "bnVsbA==", "ü"])
+def test_a_page_token_of_somebody_else_is_refused(log: TokenLog, token: str) -> None:
+    page = log.list_conversations(Tenant("local"), labels={}, page_size=3, page_token=token)
+    with pytest.raises(InvalidRequest, match="is not one that this server gave"):
+        page.result()
+    with pytest.raises(InvalidRequest, match="page size is 0; it must be at least 1"):
+        log.list_conversations(Tenant("local"), labels={}, page_size=0).result()
+
+
+def test_delete_leaves_no_byte_of_the_content_in_any_file(tmp_path: Path, clock: Clock) -> None:
+    """Rows move about in the trees as others come and go; no stale copy may stay behind."""
+    rng = random.Random("erase")
+    alive: dict[str, tuple[list[bytes], int, int]] = {}  # secrets, turns, tokens
+
+    def on_disk() -> bytes:
+        return b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+    def secret() -> str:
+        return f"{rng.getrandbits(80):020x}"
+
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        num_seen = num_erased = 0
+        for _ in range(400):
+            action = rng.random()
+            if action < 0.3 or not alive:
+                name, system, label, stop = f"c-{rng.getrandbits(40):010x}", secret(), secret(), secret()
+                opened = conversation(
+                    name, system=system, labels={"k": label}, sampling=SamplingParams(stop=(stop,))
+                )
+                log.create(opened).result()
+                alive[name] = ([system.encode(), label.encode(), stop.encode()], 0, 0)
+            elif action < 0.8:
+                name = rng.choice(list(alive))
+                secrets, number, first = alive[name]
+                said, replied, matched = secret() + "s" * rng.choice([5, 500, 5000]), secret(), secret()
+                record = turn(
+                    number,
+                    first,
+                    prompt=rng.choice([4, 400]),
+                    messages=(Message("user", said),),
+                    reply_text=replied,
+                    matched_stop=matched,
+                    digest=rng.randbytes(16),
+                    reply_ids=tuple(rng.randrange(2**31) for _ in range(4)),
+                )
+                log.commit_turn(ConversationId(name), record, number).result()
+                ids = b"".join(token.to_bytes(4, "little") for token in record.reply_ids)
+                secrets += [said[:20].encode(), replied.encode(), matched.encode(), ids, record.digest]
+                alive[name] = (secrets, number + 1, first + len(record.prompt_ids) + 4)
+            else:
+                name = rng.choice(list(alive))
+                secrets, _, _ = alive.pop(name)
+                before = on_disk()
+                log.delete(ConversationId(name)).result()
+                after = on_disk()
+                assert not [content for content in secrets if content in after]
+                num_seen += sum(content in before for content in secrets)  # not cut in two by a page's end
+                num_erased += len(secrets)
+        assert num_seen > 0.9 * num_erased > 300
+        for name, (_, number, _) in alive.items():
+            assert len(stored(log, name)[1]) == number
+
+
+def test_a_delete_that_another_reader_holds_up_says_so_and_erases_later(tmp_path: Path, clock: Clock) -> None:
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        log.create(conversation("c-1", system="the-secret-text")).result()
+        with closing(sqlite3.connect(tmp_path / "conversations.db", isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM turns").fetchone()
+            with pytest.raises(DataDirError, match=r"deleted, but another program reads .*conversations\.db"):
+                log.delete(ConversationId("c-1")).result()
+        log.create(conversation("c-2")).result()
+        assert b"the-secret-text" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+
+COMMIT_UNTIL_KILLED = """
+import sys
+from pathlib import Path
+from engine.token_log import TokenLog
+from tests.engine.test_token_log import Clock, conversation, turn
+log = TokenLog.open(Path(sys.argv[1]), clock=Clock())
+log.create(conversation("c-1")).result()
+number = 0
+while True:
+    group = [log.commit_turn("c-1", turn(n, 5 * n), n) for n in range(number, number + 3)]
+    for future in group:
+        future.result()
+        print(number, flush=True)
+        number += 1
+"""
+
+
+def test_every_acknowledged_turn_survives_kill_9_token_for_token(tmp_path: Path, clock: Clock) -> None:
+    command = [sys.executable, "-c", COMMIT_UNTIL_KILLED, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stdout is not None
+        acknowledged = [int(process.stdout.readline()) for _ in range(25)]
+        process.send_signal(signal.SIGKILL)
+        acknowledged += [int(line) for line in process.stdout]
+    assert process.returncode == -signal.SIGKILL
+    assert acknowledged == list(range(len(acknowledged)))
+
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        record, turns = stored(log, "c-1")
+        assert len(turns) >= len(acknowledged)
+        assert turns == [turn(n, 5 * n) for n in range(len(turns))]
+        assert (record.num_turns, record.num_tokens) == (len(turns), 5 * len(turns))
+        log.commit_turn(ConversationId("c-1"), turn(len(turns), 5 * len(turns)), 1).result()
+
+
+def pragma(name: str, connection: sqlite3.Connection) -> object:
+    return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def test_the_file_is_synced_at_every_commit(tmp_path: Path, clock: Clock) -> None:
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        settings = {
+            name: log._submit(partial(pragma, name)).result()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
+        }
+    assert settings == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "secure_delete": 1}
+
+
+def test_folder_and_files_are_for_their_owner_alone(tmp_path: Path, clock: Clock) -> None:
+    folder = tmp_path / "state" / "continuo"
+    with closing(TokenLog.open(folder, clock=clock)) as log:
+        log.create(conversation("c-1")).result()
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())}
+    names = ("conversations.db", "conversations.db-wal", "conversations.db-shm", "lock")
+    assert modes == {"continuo": 0o700} | dict.fromkeys(names, 0o600)
+
+
+def test_a_second_server_is_told_who_holds_the_data_dir(tmp_path: Path, clock: Clock) -> None:
+    with closing(TokenLog.open(tmp_path, clock=clock)):
+        with pytest.raises(DataDirError) as refused:
+            TokenLog.open(tmp_path, clock=clock)
+        assert str(refused.value) == (
+            f"data dir {tmp_path} is in use by pid {os.getpid()} on host {socket.gethostname()} "
+            "since 2023-11-14T22:13:20+00:00; stop it or give --data-dir another folder"
+        )
+    TokenLog.open(tmp_path, clock=clock).close()
+
+
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, clock: Clock) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        DataDirError, match=r"cannot use data dir .*; give --data-dir a folder that this user"
+    ):
+        TokenLog.open(tmp_path / "file", clock=clock)
+
+
+def test_a_file_of_a_newer_program_is_refused_and_keeps_its_lock_free(tmp_path: Path, clock: Clock) -> None:
+    newer = (*MIGRATIONS, ("CREATE TABLE later (x)",))
+    TokenLog.open(tmp_path, clock=clock, migrations=newer).close()
+    for _ in range(2):
+        with pytest.raises(
+            DataDirError, match=r"schema version 2 and this program knows up to 1; run the newer"
+        ):
+            TokenLog.open(tmp_path, clock=clock)
+    TokenLog.open(tmp_path, clock=clock, migrations=newer).close()
+
+
+def test_an_older_file_is_migrated_once_and_keeps_its_conversations(tmp_path: Path, clock: Clock) -> None:
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        log.create(conversation("c-1")).result()
+    newer = (*MIGRATIONS, ("CREATE TABLE later (x)", "INSERT INTO later VALUES (7)"))
+    for _ in range(2):
+        with closing(TokenLog.open(tmp_path, clock=clock, migrations=newer)) as log:
+            rows = log._submit(lambda c: [tuple(row) for row in c.execute("SELECT x FROM later")]).result()
+            assert rows == [(7,)]
+            assert stored(log, "c-1")[0] == conversation("c-1")
+
+
+def test_a_migration_that_fails_leaves_the_older_version(tmp_path: Path, clock: Clock) -> None:
+    TokenLog.open(tmp_path, clock=clock).close()
+    broken = (*MIGRATIONS, ("CREATE TABLE later (x)", "INSERT INTO nowhere VALUES (7)"))
+    with pytest.raises(DataDirError, match="no such table: nowhere"):
+        TokenLog.open(tmp_path, clock=clock, migrations=broken)
+    TokenLog.open(tmp_path, clock=clock, migrations=(*MIGRATIONS, ("CREATE TABLE later (x)",))).close()
+
+
+@pytest.mark.parametrize("offset", [0, 1024])
+def test_a_damaged_file_is_reported_and_left_as_it_is(tmp_path: Path, clock: Clock, offset: int) -> None:
+    path = tmp_path / "conversations.db"
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        log.create(conversation("c-1")).result()
+    damaged = bytearray(path.read_bytes())
+    damaged[offset:] = b"\xa5" * (len(damaged) - offset)
+    path.write_bytes(damaged)
+
+    def use() -> None:
+        with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+            log.load(ConversationId("c-1")).result()
+
+    for _ in range(2):
+        with pytest.raises(DataDirError, match="is damaged and was left as it is: restore it from a backup"):
+            use()
+        assert path.read_bytes() == damaged
+
+
+def test_a_write_that_the_disk_refuses_fails_and_the_next_one_works(tmp_path: Path, clock: Clock) -> None:
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        log.create(conversation("c-1")).result()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            too_long = log.commit_turn(ConversationId("c-1"), turn(0, 0, prompt=100_000), 1)
+            error = too_long.exception()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert isinstance(error, DataDirError)
+        assert "cannot be read or written: check its disk" in str(error) or "free space" in str(error)
+        assert stored(log, "c-1")[0] == conversation("c-1")
+        log.commit_turn(ConversationId("c-1"), turn(0, 0), 1).result()
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        assert stored(log, "c-1")[1] == [turn(0, 0)]
+
+
+def test_a_full_database_says_what_to_free(tmp_path: Path, clock: Clock) -> None:
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        log.create(conversation("c-1")).result()
+        log._submit(lambda connection: connection.execute("PRAGMA max_page_count = 60")).result()
+        released = hold(log)
+        too_long = log.commit_turn(ConversationId("c-1"), turn(0, 0, prompt=100_000), 1)
+        reading = log.load(ConversationId("c-1"))
+        released.set()
+        with pytest.raises(DataDirError, match=r"conversations\.db cannot grow: free space on its disk"):
+            too_long.result()
+        assert reading.exception() is None or isinstance(reading.exception(), DataDirError)
+        log.commit_turn(ConversationId("c-1"), turn(0, 0), 1).result()
