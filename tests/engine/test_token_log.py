@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from engine.errors import (
     InvariantError,
     NotFound,
 )
-from engine.log_schema import MIGRATIONS
+from engine.log_schema import MIGRATIONS, PAGE_BYTES
 from engine.token_log import TokenLog
 from engine.types import (
     ConversationId,
@@ -195,17 +196,23 @@ def test_what_is_not_there_cannot_be_changed(log: TokenLog) -> None:
 
 
 def test_waiting_operations_share_one_transaction_and_fail_alone(log: TokenLog) -> None:
+    def fail_half_way(connection: sqlite3.Connection) -> None:
+        connection.execute("DELETE FROM conversations")
+        raise OSError("half-way")
+
     released = hold(log)
     before = log.num_commits
     operations = [log.create(conversation(f"c-{n}")) for n in range(30)]
     duplicate = log.create(conversation("c-3"))
     unencodable = log.create(conversation("c-x", system="\ud800"))
+    half_done = log._submit(fail_half_way)
     operations += [log.commit_turn(ConversationId(f"c-{n}"), turn(0, 0), n) for n in range(30)]
     released.set()
     for operation in operations:
         operation.result()
     assert isinstance(duplicate.exception(), AlreadyExists)
     assert isinstance(unencodable.exception(), UnicodeEncodeError)
+    assert isinstance(half_done.exception(), OSError)
     assert log.num_commits == before + 2  # the one that was held, and everything else
     assert stored(log, "c-29")[1] == [turn(0, 0)]
     assert log.load(ConversationId("c-x")).result() is None
@@ -322,6 +329,29 @@ def test_delete_leaves_no_byte_of_the_content_in_any_file(tmp_path: Path, clock:
         assert num_seen > 0.9 * num_erased > 300
         for name, (_, number, _) in alive.items():
             assert len(stored(log, name)[1]) == number
+
+
+def test_content_lies_on_overflow_pages_only(tmp_path: Path, clock: Clock) -> None:
+    """Pages of a tree leave stale copies when rows move; see engine.log_schema."""
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        for n in range(50):
+            name = ConversationId(f"c-{n}")
+            sampling = SamplingParams(stop=("content",))
+            opened = conversation(name, system="content" if n % 2 else None, labels={"content": "content"})
+            log.create(replace(opened, sampling=sampling))
+            said = (Message("user", "content" * (n % 3) + "s" * 200 * n),)
+            log.commit_turn(
+                name,
+                turn(0, 0, messages=said, digest=b"content", reply_text="content", matched_stop="content"),
+                seq_mark=2**40 if n % 5 else 0,
+            ).result()
+    file = (tmp_path / "conversations.db").read_bytes()
+    pages = [file[start : start + PAGE_BYTES] for start in range(0, len(file), PAGE_BYTES)]
+    with_content = [page for page in pages[1:] if b"content" in page]
+    assert len(with_content) > 100
+    assert {page[0] for page in with_content} == {
+        0
+    }  # an overflow page begins with a page number, a tree's not
 
 
 def test_a_delete_that_another_reader_holds_up_says_so_and_erases_later(tmp_path: Path, clock: Clock) -> None:
