@@ -83,9 +83,9 @@ install_packages() {
 build_kernel() { # without a C compiler the torch kernels serve: slower, with equal results
     begin 4 "native kernel"
     if "$python" -m kernels.native.build >.venv/kernel.txt 2>>"$log"; then
-        finish "$(tail -n 1 .venv/kernel.txt)"
+        finish "$(tail -n 1 .venv/kernel.txt | cut -d, -f1)"
     else
-        finish "not built (see $log): torch kernels will be used"
+        finish "$(tail -n 1 "$log")"
     fi
     kernel >.venv/kernel.stamp
 }
