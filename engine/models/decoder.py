@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
-from engine.models.rope import RopeTable
+from engine.models.rope import RopeTable, inverse_frequencies
 from kernels.linear import PackedLinear
 from kernels.paged_attention import AttnMeta, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -49,7 +49,8 @@ class Decoder:
         self._embedding, self._layers, self._head = embedding, tuple(layers), head
         # The norm behind each layer's residual addition belongs to the next one.
         self._next_norms = (*(layer.attention_norm for layer in self._layers[1:]), final_norm)
-        self._rope = RopeTable(config)
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        self._rope = RopeTable(frequencies, config.max_positions)
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._scale = config.head_dim**-0.5
 

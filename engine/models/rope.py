@@ -6,24 +6,20 @@ import torch
 from torch import Tensor
 
 from engine.errors import InvariantError
-from engine.models.config import Llama3Scaling, ModelConfig
+from engine.models.config import Llama3Scaling
 
-_FIRST_POSITIONS = (
-    4096  # 1 MiB at D = 64; doubled on demand: a 128K model costs what its longest context does
-)
+_FIRST_POSITIONS = 4096  # 1 MiB at D = 64; doubled on demand, so that unused context costs nothing
 
 
 class RopeTable:
     """`upto(n)` gives [M, D] fp32 with M >= n: for each position D/2 cosines, then D/2 sines."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._inverse_frequencies = inverse_frequencies(
-            config.head_dim, config.rope_theta, config.rope_scaling
-        )
-        self._max_positions = config.max_positions
-        self._table = self._compute(0, min(_FIRST_POSITIONS, config.max_positions))
+    def __init__(self, frequencies: Tensor, max_positions: int) -> None:
+        self._frequencies, self._max_positions = frequencies, max_positions  # [D/2] fp32
+        self._table = self._compute(0, min(_FIRST_POSITIONS, max_positions))
 
     def upto(self, num_positions: int) -> Tensor:
+        """Raises InvariantError beyond the model's positions: turns that would go there are refused before."""
         known = len(self._table)
         if num_positions > self._max_positions:
             raise InvariantError(f"position {num_positions - 1} asked of a model of {self._max_positions}")
@@ -33,7 +29,7 @@ class RopeTable:
         return self._table
 
     def _compute(self, begin: int, end: int) -> Tensor:
-        angles = torch.arange(begin, end, dtype=torch.float32)[:, None] * self._inverse_frequencies
+        angles = torch.arange(begin, end, dtype=torch.float32)[:, None] * self._frequencies
         return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 

@@ -1,0 +1,171 @@
+"""What the model tests stand on: tiny checkpoints of each family, and a small owner of paged KV.
+
+The paged cache hands out its blocks in shuffled order and begins full of NaN: a row that attends to a slot
+nobody wrote, or to another conversation's, cannot go unnoticed.
+"""
+
+import random
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from engine.models.decoder import Decoder
+from kernels.paged_attention import AttnMeta
+
+_SIZES = {
+    "vocab_size": 320,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 1024,
+}
+
+
+def _llama2() -> PreTrainedModel:
+    """One KV head per query head."""
+    heads = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, **heads, rms_norm_eps=1e-5))
+
+
+def _llama3() -> PreTrainedModel:
+    """Shared KV heads, scaled RoPE whose three bands all occur, several ends, every possible bias."""
+    heads = {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "original_max_position_embeddings": 128, **scaling}
+    ends = [301, 302, 303]
+    biases = {"attention_bias": True, "mlp_bias": True}
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, **heads, **biases, rope_parameters=rope, eos_token_id=ends))
+
+
+def _qwen2() -> PreTrainedModel:
+    """Biases on q, k and v; the head's weight is the embedding."""
+    heads = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 1000000.0}
+    return Qwen2ForCausalLM(Qwen2Config(**_SIZES, **heads, tie_word_embeddings=True, rope_parameters=rope))
+
+
+def _qwen3() -> PreTrainedModel:
+    """Normed queries and keys; heads wider than hidden size / number of heads."""
+    heads = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    rope = {"rope_type": "default", "rope_theta": 1000000.0}
+    return Qwen3ForCausalLM(Qwen3Config(**_SIZES, **heads, rope_parameters=rope))
+
+
+FAMILIES = {"llama2": _llama2, "llama3": _llama3, "qwen2": _qwen2, "qwen3": _qwen3}
+
+
+def tiny_checkpoint(family: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Saves a random model and returns it.  Spread widely: biases and norms matter, choices are clear."""
+    torch.manual_seed(7)
+    model = FAMILIES[family]().eval()
+    for name, parameter in model.named_parameters():
+        centre = 1.0 if "norm" in name else 0.0
+        torch.nn.init.normal_(parameter.data, centre, 0.15 if parameter.ndim == 2 else 0.3)
+    model.to(dtype).save_pretrained(folder)
+    return model
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive tokens of one conversation, from position `first` on."""
+
+    conversation: int
+    first: int
+    ids: list[int]
+
+
+class PagedHarness:
+    """Owns the KV blocks of several conversations and turns runs of tokens into steps of a decoder."""
+
+    def __init__(self, decoder: Decoder, num_blocks: int = 128, block_size: int = 32) -> None:
+        config = decoder.config
+        shape = (num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
+        self.decoder, self.block_size = decoder, block_size
+        self.kv = [torch.full(shape, torch.nan, dtype=decoder.dtype) for _ in range(config.num_layers)]
+        self._free = random.Random(0).sample(range(num_blocks), num_blocks)
+        self._tables: dict[int, list[int]] = {}
+
+    def step(self, *runs: Run, rows: Tensor | None = None) -> Tensor:
+        """Logits [R, V] of `rows`: [R] int64, each run's last row if not given."""
+        ends = torch.tensor([0, *(len(run.ids) for run in runs)]).cumsum(0)
+        ids = torch.tensor([token for run in runs for token in run.ids])
+        return self.decoder.forward(
+            ids, self._meta(runs, ends), self.kv, ends[1:] - 1 if rows is None else rows
+        )
+
+    def drop_block(self, conversation: int, index: int) -> None:
+        """Forget what a block held; the conversation keeps its place."""
+        for layer in self.kv:
+            layer[self._tables[conversation][index]] = torch.nan
+
+    def _meta(self, runs: tuple[Run, ...], ends: Tensor) -> AttnMeta:
+        tables, positions, slots = [], [], []
+        for run in runs:
+            table = self._tables.setdefault(run.conversation, [])
+            where = torch.arange(run.first, run.first + len(run.ids))
+            while len(table) * self.block_size <= int(where[-1]):
+                table.append(self._free.pop())
+            tables.append(torch.tensor(table, dtype=torch.int32))
+            positions.append(where)
+            slots.append(
+                tables[-1].long()[where // self.block_size] * self.block_size + where % self.block_size
+            )
+        return AttnMeta(
+            q_indptr=ends.int(),
+            first_pos=torch.tensor([run.first for run in runs], dtype=torch.int32),
+            block_tables=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True, padding_value=-1),
+            positions=torch.cat(positions),
+            slots=torch.cat(slots),
+        )
+
+
+Speaker = Generator[Run, int, list[list[int]]]
+
+
+def speak(conversation: int, turns: list[list[int]], lengths: list[int], chunk: int = 10**9) -> Speaker:
+    """A conversation as a generator: yields the next run of at most `chunk` tokens, is sent the token chosen
+    after it, returns the replies.  The last token of a reply is computed together with the next turn."""
+    replies: list[list[int]] = []
+    position, pending = 0, list[int]()
+    for turn, length in zip(turns, lengths, strict=True):
+        pending, reply = pending + turn, list[int]()
+        while len(reply) < length:
+            run, pending = Run(conversation, position, pending[:chunk]), pending[chunk:]
+            position += len(run.ids)
+            token = yield run
+            if not pending:
+                reply.append(token)
+                pending = [token]
+        replies.append(reply)
+    return replies
+
+
+def converse(harness: PagedHarness, *speakers: Speaker, stagger: int = 3) -> list[list[list[int]]]:
+    """Runs all conversations in common steps, each joining `stagger` steps after the one before."""
+    replies: dict[int, list[list[int]]] = {}
+    running: dict[int, Run] = {}
+    step = 0
+    while len(replies) < len(speakers):
+        for index in range(min(len(speakers), step // stagger + 1)):
+            if index not in replies and index not in running:
+                running[index] = next(speakers[index])
+        chosen = harness.step(*running.values()).argmax(dim=-1).tolist() if running else []
+        for index, token in zip(list(running), chosen, strict=True):
+            try:
+                running[index] = speakers[index].send(token)
+            except StopIteration as end:
+                replies[index] = end.value
+                del running[index]
+        step += 1
+    return [replies[index] for index in range(len(speakers))]
