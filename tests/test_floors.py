@@ -79,7 +79,7 @@ def is_module(name: str) -> bool:
 def imported_modules(module: str, source: str) -> Iterator[str]:
     """Every module that `source` names in an import, relative ones resolved against `module`."""
     package = module if FILES.get(module, Path()).name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(source, filename=module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -162,7 +162,7 @@ def test_only_tools_read_the_environment():
         module
         for module, path in FILES.items()
         if floor_of(module) < FLOORS["tools"]
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(ast.parse(path.read_text(), filename=module))
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}
     ]
     assert not readers, f"the environment is read below tools/: {readers}"

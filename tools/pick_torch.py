@@ -18,6 +18,7 @@ from pathlib import Path
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_DOWNLOAD_GB = 2.7  # torch 2.13.0 and all it requires, Linux x86-64, from the public index
 PROBE_S = 3.0
+ASK_PIP_S = 15.0  # it takes a second or two, unless the index makes pip fetch the whole wheel to answer
 
 
 def choose(
@@ -56,7 +57,7 @@ def default_index_needs_cuda(requirement: str) -> bool:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
     command += ["--no-deps", "--report", "-", requirement]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=ASK_PIP_S)
     except subprocess.TimeoutExpired:
         return True
     if answer.returncode != 0:
