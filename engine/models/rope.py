@@ -19,7 +19,7 @@ class RopeTable:
         self._table = self._compute(0, min(_FIRST_POSITIONS, max_positions))
 
     def upto(self, num_positions: int) -> Tensor:
-        """Raises InvariantError beyond the model's positions: turns that would go there are refused before."""
+        """Raises InvariantError beyond the model's positions: such turns are refused before."""
         known = len(self._table)
         if num_positions > self._max_positions:
             raise InvariantError(f"position {num_positions - 1} asked of a model of {self._max_positions}")

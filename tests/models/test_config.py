@@ -1,0 +1,210 @@
+"""config.json and generation_config.json: what is read from them, and how what cannot work is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import ModelFolderError
+from engine.models.config import Llama3Scaling, ModelConfig
+from engine.types import SamplingParams
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def read(
+    folder: Path, changes: dict[str, Any], architecture: str = "LlamaForCausalLM", **generation: Any
+) -> ModelConfig:
+    """The config of a folder whose config.json is `SIZES` with changes; None takes the key away."""
+    content = {"architectures": [architecture], **SIZES, **changes}
+    kept = {key: value for key, value in content.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+    if generation:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return ModelConfig.from_dir(folder)
+
+
+def test_what_a_plain_llama_leaves_out_has_its_makers_defaults(tmp_path: Path) -> None:
+    assert read(tmp_path, {}) == ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=320,
+        hidden_size=64,
+        ffn_size=176,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=16,
+        norm_eps=1e-6,
+        max_positions=512,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        qkv_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        tied_embeddings=False,
+        eos_ids=frozenset(),
+        sampling=SamplingParams(),
+    )
+
+
+def test_families_differ_in_biases_norms_and_head_size(tmp_path: Path) -> None:
+    llama = read(tmp_path, {})
+    qwen2 = replace(llama, architecture="Qwen2ForCausalLM", qkv_bias=True)
+    qwen3 = replace(llama, architecture="Qwen3ForCausalLM", qk_norm=True, head_dim=128)
+    assert read(tmp_path, {}, "Qwen2ForCausalLM") == qwen2
+    assert read(tmp_path, {}, "Qwen3ForCausalLM") == qwen3
+    assert read(tmp_path, {"attention_bias": True}) == replace(llama, qkv_bias=True, attention_out_bias=True)
+    assert read(tmp_path, {"mlp_bias": True, "head_dim": 32}) == replace(llama, mlp_bias=True, head_dim=32)
+    shared = read(tmp_path, {"num_key_value_heads": 2, "tie_word_embeddings": True})
+    assert shared == replace(llama, num_kv_heads=2, tied_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_theta": 500000, "rope_scaling": {"type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, **LLAMA3}},
+    ],
+    ids=["rope_scaling", "rope_scaling with its older key", "rope_parameters"],
+)
+def test_scaled_rope_is_read_in_each_of_its_spellings(tmp_path: Path, written: dict[str, Any]) -> None:
+    config = read(tmp_path, written)
+    assert config.rope_theta == 500000.0
+    assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 64)
+
+
+def test_plain_rope_is_read_in_both_of_its_spellings(tmp_path: Path) -> None:
+    named = read(tmp_path, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
+    assert named == read(tmp_path, {"rope_theta": 1e6, "rope_scaling": None})
+    assert (named.rope_theta, named.rope_scaling) == (1e6, None)
+
+
+def test_every_end_token_of_both_files_ends_a_reply(tmp_path: Path) -> None:
+    assert read(tmp_path, {"eos_token_id": 2}).eos_ids == {2}
+    assert read(tmp_path, {"eos_token_id": 2}, eos_token_id=[1, 5]).eos_ids == {1, 2, 5}
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({"do_sample": False, "temperature": 0.7}, SamplingParams(temperature=0.0)),
+        ({"do_sample": True}, SamplingParams(temperature=1.0)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1},
+            SamplingParams(temperature=0.6, top_k=20, top_p=0.95, min_p=0.1),
+        ),
+        ({"transformers_version": "5.0.0"}, SamplingParams()),
+    ],
+    ids=["greedy", "sampled, nothing more", "everything", "nothing said"],
+)
+def test_sampling_defaults_are_the_makers(
+    tmp_path: Path, generation: dict[str, Any], expected: SamplingParams
+) -> None:
+    assert read(tmp_path, {}, **generation).sampling == expected
+
+
+def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path: Path) -> None:
+    expected = read(tmp_path, {}, "Qwen2ForCausalLM")
+    unused = [
+        {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2},
+        {"sliding_window": None, "layer_types": ["full_attention", "full_attention"]},
+    ]
+    assert [read(tmp_path, changes, "Qwen2ForCausalLM") for changes in unused] == [expected] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["MixtralForCausalLM"]},
+            "architecture MixtralForCausalLM is not supported; supported are LlamaForCausalLM, "
+            "Qwen2ForCausalLM, Qwen3ForCausalLM",
+        ),
+        ({"architectures": None}, "architectures is None; expected a list of one name"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}},
+            "has auto_map: the model needs its makers' code, which is never run here",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "has quantization_config; quantized weights are not supported",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act gelu is not supported; only silu is"),
+        ({"use_sliding_window": True, "max_window_layers": 1}, "some layers attend only a window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "some layers attend only a window"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "RoPE type 'yarn' is not supported; supported are 'default' and 'llama3'",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "RoPE type 'linear' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "config.json lacks low_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
+            "low_freq_factor is 4.0; expected less than high_freq_factor, 4",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; expected 1.0"),
+        ({"hidden_size": None}, "config.json lacks hidden_size"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected an integer, 1 or more"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'; expected an integer, 1 or more"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06; expected a positive number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or false"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; expected an object"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; expected a token id or a list of token ids"),
+        ({"eos_token_id": [2, 320]}, "eos_token_id 320 is outside the vocabulary of 320"),
+        (
+            {"num_key_value_heads": 3},
+            "4 query heads (num_attention_heads) cannot share 3 KV heads (num_key_value_heads) evenly",
+        ),
+        ({"head_dim": 15}, "head_dim 15 is odd; RoPE rotates pairs"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_refused_with_the_reason(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelFolderError) as refused:
+        read(tmp_path, changes)
+    assert str(tmp_path) in str(refused.value)
+    assert message in str(refused.value)
+
+
+def test_impossible_sampling_defaults_name_their_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"generation_config.json: top_p is 1.5; it must be"):
+        read(tmp_path, {}, do_sample=True, top_p=1.5)
+    with pytest.raises(ModelFolderError, match=r"generation_config.json: .*str"):
+        read(tmp_path, {}, do_sample=True, temperature="hot")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"nowhere is not a folder; expected a model folder in"):
+        ModelConfig.from_dir(tmp_path / "nowhere")
+    with pytest.raises(
+        ModelFolderError, match=r"has no config\.json; a model folder in Hugging Face format holds"
+    ):
+        ModelConfig.from_dir(tmp_path)
+    for content, message in [
+        (b'{"vocab_size": ', "is not valid JSON: "),
+        (b"\xff\xfe", "is not valid JSON: "),
+        (b"[1]", "holds a list; a JSON object was expected"),
+    ]:
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ModelFolderError, match=message):
+            ModelConfig.from_dir(tmp_path)
