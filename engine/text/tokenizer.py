@@ -26,6 +26,7 @@ class Tokenizer:
 
     `special_ids` are the tokens that the tokenizer's files call special.  `control_tokens` (text -> id) are
     those plus the tags that the chat template itself writes: what the content of a message must never become.
+    `prompt_prefix_ids` (a BOS, or nothing) go before a prompt in plain text; a chat template writes its own.
     `fingerprint` changes with anything that changes the ids of a text.
     """
 
@@ -56,6 +57,7 @@ class Tokenizer:
         self.control_tokens = special | tags
         self._control_ids = frozenset(self.control_tokens.values())
         self._unknown_id = self._backend.token_to_id(getattr(self._backend.model, "unk_token", None) or "")
+        self.prompt_prefix_ids = _prefix_ids(self._backend)
         identity = json.dumps([definition, chat_template, self.named_tokens], sort_keys=True)
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
@@ -155,7 +157,7 @@ class Tokenizer:
 
     @cached_property
     def _literal_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, blind to control tokens; made when first needed, as it costs what loading does."""
+        """The same tokenizer, blind to control tokens.  Making it costs what loading does: only if needed."""
         definition = json.loads(self._definition)
         for token in definition["added_tokens"]:
             token["special"] = token["id"] in self._control_ids
@@ -166,6 +168,13 @@ class Tokenizer:
 
 def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
     return list(backend.encode(text, add_special_tokens=False).ids) if text else []
+
+
+def _prefix_ids(backend: tokenizers.Tokenizer) -> list[int]:
+    """What the tokenizer's own post-processing puts before any text."""
+    bare, whole = _ids(backend, "a"), list(backend.encode("a", add_special_tokens=True).ids)
+    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[: next(starts, 0)]
 
 
 def _without_limits(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -161,7 +161,7 @@ class _Shield:
 
     def refusal(self) -> InvalidRequest:
         return InvalidRequest(
-            f"the message contains {', '.join(map(repr, self.found))}, a control token of this model, where the"
-            " chat template rewrites the content, so it cannot be kept apart from the template's own;"
+            f"the message contains {', '.join(map(repr, self.found))}, a control token of this model, where"
+            " the chat template rewrites the content, so it cannot be kept apart from the template's own;"
             " leave it out"
         )
