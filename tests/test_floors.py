@@ -5,10 +5,13 @@ What a module pulls in at run time is checked in a fresh interpreter, for the fe
 """
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -27,10 +30,13 @@ FLOORS = {
     "engine.text": 2,
     "engine.dist": 3,
     "engine.": 4,
-    "engine.core": 5,
     "engine.async_engine": 5,
+    "engine.attachment": 5,
+    "engine.core": 5,
     "engine.loader": 5,
     "engine.simulation": 5,
+    "engine.step_loop": 5,
+    "engine.turns": 5,
     "engine": 5,
     "rpc": 6,
     "tools": 7,
@@ -166,6 +172,29 @@ def test_only_tools_read_the_environment():
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}
     ]
     assert not readers, f"the environment is read below tools/: {readers}"
+
+
+def test_what_serving_imports_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    serving, developing = (
+        {re.match(r"[\w-]+", line).group().lower() for line in lines}
+        for lines in (project["dependencies"] + extras["server"], extras["dev"])
+    )
+    distributions = packages_distributions()
+    imported = set()
+    for module, path in FILES.items():
+        for name in imported_modules(module, path.read_text()):
+            top = name.partition(".")[0]
+            if top in sys.stdlib_module_names or top in HOUSE:
+                continue
+            offered_by = {distribution.lower() for distribution in distributions.get(top, [top])}
+            allowed = serving | developing if floor_of(module) == FLOORS["tools"] else serving
+            assert offered_by & allowed, (
+                f"{module} imports {name}, which pyproject.toml does not declare for it"
+            )
+            imported |= offered_by
+    assert serving <= imported, f"declared in pyproject.toml and never imported: {sorted(serving - imported)}"
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,9 @@ install_packages() {
 build_kernel() { # without a C compiler the torch kernels serve: slower, with equal results
     begin 4 "native kernel"
     if "$python" -m kernels.native.build >.venv/kernel.txt 2>>"$log"; then
-        finish "$(tail -n 1 .venv/kernel.txt | cut -d, -f1)"
+        finish "$(sed -n 's/^kernels: //; $p' .venv/kernel.txt | cut -d, -f1)"
     else
-        finish "$(tail -n 1 "$log")"
+        finish "$(sed -n 's/^kernels: //; $p' "$log" | cut -c 1-150)"
     fi
     kernel >.venv/kernel.stamp
 }

@@ -32,8 +32,8 @@ case "$*" in
     *importlib.metadata*) echo "torch==2.13.0+cpu" ;;
     "-m kernels.native.build")
         echo compiled >>"$CALLS"
-        [ -z "$NO_COMPILER" ] || { echo "torch only (no compiler)" >&2; exit 1; }
-        echo "native AVX2, somewhere.so, 1.5 s" ;;
+        [ -z "$NO_COMPILER" ] || { echo "kernels: torch only (no compiler)" >&2; exit 1; }
+        echo "kernels: native AVX2, somewhere.so, 1.5 s" ;;
     "-m pip --version" | -c*) ;;
     "-m pip install"*)
         echo "$*" >>"$CALLS"
