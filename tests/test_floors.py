@@ -28,37 +28,31 @@ FLOORS = {
     "engine.cache": 2,
     "engine.models": 2,
     "engine.text": 2,
-    "engine.dist": 3,
-    "engine.": 4,
+    "engine": 4,
     "engine.async_engine": 5,
     "engine.attachment": 5,
     "engine.core": 5,
     "engine.loader": 5,
-    "engine.simulation": 5,
     "engine.step_loop": 5,
     "engine.turns": 5,
-    "engine": 5,
     "rpc": 6,
     "tools": 7,
 }
+ENGINE_DOOR = 5  # `engine` itself hands out names of all its floors
 FOREIGN = -1
 NOT_EACH_OTHER = 2  # the rooms of this floor do not know one another
-SHARED_WORDS = (
-    1  # errors and types that rpc may name as well; of the floors above, only what `engine` itself exports
-)
+RPC_MAY_NAME = 1  # the floor of errors and types; of those above, rpc sees only what `engine` itself exports
 KERNELS_MAY_IMPORT = {"torch", "triton"}
 
 
 def room_of(module: str) -> str | None:
     """The room of the house that a dotted module name lies in; None for a foreign one."""
-    if module == "engine":
-        return "engine"
-    fitting = [room for room in FLOORS if f"{module}.".startswith(room if room.endswith(".") else f"{room}.")]
-    fitting = [room for room in fitting if room != "engine"]
-    return max(fitting, key=len, default=None)
+    return max((room for room in FLOORS if f"{module}.".startswith(f"{room}.")), key=len, default=None)
 
 
 def floor_of(module: str) -> int:
+    if module == "engine":
+        return ENGINE_DOOR
     room = room_of(module)
     return FOREIGN if room is None else FLOORS[room]
 
@@ -106,7 +100,7 @@ def broken_rules(module: str, source: str) -> list[str]:
             broken.append(f"{module} (floor {here}) reaches up to {name} (floor {floor})")
         if floor == here == NOT_EACH_OTHER and other != room:
             broken.append(f"{module} knows {name}, a room beside it")
-        if room == "rpc" and name.startswith("engine.") and floor != SHARED_WORDS:
+        if room == "rpc" and name.startswith("engine.") and floor != RPC_MAY_NAME:
             broken.append(f"{module} reaches past the engine's public names to {name}")
         if room == "kernels" and floor == FOREIGN and name.partition(".")[0] not in sys.stdlib_module_names:
             if name.partition(".")[0] not in KERNELS_MAY_IMPORT:

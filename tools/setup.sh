@@ -16,8 +16,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off PYTHO
 unset PYTHONPATH PYTHONHOME
 
 # What the installed packages, and the built kernel, follow from. A stamp that still says the same: nothing to do.
-packages() { { pwd; "$python" -V; cat pyproject.toml kernels/__init__.py tools/constraints.txt tools/setup.sh; } 2>&1 | cksum; }
-kernel() { { packages; command -v cc gcc clang || true; find kernels/native -name '*.[ch]' -o -name '*.py' | LC_ALL=C sort | xargs cat; } 2>&1 | cksum; }
+packages() {
+    { pwd; "$python" -V; cat pyproject.toml kernels/__init__.py tools/constraints.txt tools/setup.sh; } 2>&1 | cksum
+}
+kernel() {
+    {
+        packages
+        command -v cc gcc clang || true
+        find kernels/native -name '*.[ch]' -o -name '*.py' | LC_ALL=C sort | xargs cat
+    } 2>&1 | cksum
+}
 stamped() { [ -e ".venv/$1.stamp" ] && [ "$(cat ".venv/$1.stamp")" = "$2" ]; }
 
 # begin N TITLE shows a step, finish [NOTE] its time; fail ADVICE says why it ended, and what to do.
@@ -34,7 +42,7 @@ fail() {
     } >&2
     exit 1
 }
-offline="Check the network, the package index and the free disk space, then run this again: what was downloaded is kept."
+offline="Check the network, the package index and free disk space, and run this again: downloads are kept."
 
 find_python() { # the first that is 3.11 or newer, beginning with the one that the constraints were tested with
     local candidate
@@ -48,9 +56,11 @@ find_python() { # the first that is 3.11 or newer, beginning with the one that t
 }
 
 make_environment() { # keeps one that works and was made here; pip's scripts in a moved one point to its old place
-    if grep -qF "$PWD/.venv" .venv/bin/activate && "$python" -m pip --version; then return; fi >/dev/null 2>&1
+    if grep -qF "$PWD/.venv" .venv/bin/activate &&
+        "$python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))'; then return; fi >/dev/null 2>&1
     local found
-    found=$(find_python) || fail "Continuo needs Python 3.11 or newer: install it, so that python3.11 is found, and run this again."
+    found=$(find_python) ||
+        fail "Continuo needs Python 3.11 or newer: install it, so that python3.11 is found, and run this again."
     rm -rf .venv && mkdir .venv
     "$found" -m venv .venv >>"$log" 2>&1 ||
         fail "Install the venv module of $found (Debian, Ubuntu: apt install python3-venv) and run this again."
