@@ -40,6 +40,8 @@ class Library:
 def load(isa: InstructionSet) -> Library:
     """Builds if need be.  Raises BuildError or OSError."""
     functions = ctypes.CDLL(str(build(isa)))
+    if not functions.permitted():
+        raise OSError(f"the kernel refuses {isa.title} registers to this process")
     paged_attention = functions.paged_attention
     paged_attention.argtypes, paged_attention.restype = [POINTER(AttentionArgs), *[c_void_p] * 4], c_int
     return Library(isa, paged_attention)

@@ -12,10 +12,12 @@
 #include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "simd.h"
 
-enum { KEYS = 64, CHUNK = 512, ROWS = 32, MAX_SIZE = 256 };
+enum { KEYS = 64, CHUNK = 512, ROWS = 32, GRAIN = 32, MAX_SIZE = 256 };
 
 #if defined(__AVX512BF16__)
 #define PAIRS 1
@@ -50,8 +52,14 @@ struct scratch {
     int32_t present[KEYS] __attribute__((aligned(64)));            /* -1 where a block is there, 0 in a hole */
 };
 
-INLINE int padded(int n) { return (n + VL - 1) / VL * VL; }
 INLINE int smaller(int a, int b) { return a < b ? a : b; }
+INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
+INLINE int padded(int n) { return round_up(n, VL); }
+#if defined(__AMX_BF16__)
+INLINE int steps_of(bool pairs, int size) { return pairs ? round_up(size / 2, 16) : size; }
+#else
+INLINE int steps_of(bool pairs, int size) { return pairs ? size / 2 : size; }
+#endif
 
 /* c [rows, vecs * VL] = (fresh ? 0 : c) + a [rows, steps] b [steps, vecs * VL], rows and vecs small constants. */
 INLINE void multiply_block(const int rows, const int vecs, const bool pairs, const bool fresh, int steps, const uint32_t *a,
@@ -81,8 +89,55 @@ INLINE void multiply_block(const int rows, const int vecs, const bool pairs, con
 /* Few rows take more columns at once: enough independent sums to hide the latency of one. */
 #define WIDE(rows) (VL == 16 ? 4 : (rows) == 1 ? 8 : (rows) == 2 ? 4 : 2)
 
+#if defined(__AMX_BF16__)
+/* The same on the tile unit: rows are computed sixteen at a time, rows past the last one are scratch and never read. */
+INLINE void multiply_tiles(const bool fresh, int rows, int columns, int steps, const uint32_t *a, int a_stride, const uint32_t *b,
+                           int b_stride, float *c, int c_stride) {
+    for (int x = 0; x < columns; x += 32) {
+        bool right = columns - x > 16, below = rows > 16;
+        float *lower = c + 16 * c_stride;
+        if (fresh) {
+            _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        } else {
+            _tile_loadd(0, c + x, 4 * c_stride);
+            if (right) _tile_loadd(1, c + x + 16, 4 * c_stride);
+            if (below) _tile_loadd(2, lower + x, 4 * c_stride);
+            if (right && below) _tile_loadd(3, lower + x + 16, 4 * c_stride);
+        }
+        for (int s = 0; s < steps; s += 16) {
+            const uint32_t *row = b + s * b_stride + x;
+            _tile_loadd(4, a + s, 4 * a_stride);
+            _tile_loadd(6, row, 4 * b_stride);
+            _tile_dpbf16ps(0, 4, 6);
+            if (right) {
+                _tile_loadd(7, row + 16, 4 * b_stride);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if (below) {
+                _tile_loadd(5, a + 16 * a_stride + s, 4 * a_stride);
+                _tile_dpbf16ps(2, 5, 6);
+                if (right) _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, c + x, 4 * c_stride);
+        if (right) _tile_stored(1, c + x + 16, 4 * c_stride);
+        if (below) _tile_stored(2, lower + x, 4 * c_stride);
+        if (right && below) _tile_stored(3, lower + x + 16, 4 * c_stride);
+    }
+}
+
+static void configure_tiles(void) { /* eight tiles of sixteen rows of 64 bytes */
+    struct { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = 16;
+    _tile_loadconfig(&shape);
+}
+#endif
+
 INLINE void multiply(const bool pairs, const bool fresh, int rows, int columns, int steps, const uint32_t *a, int a_stride,
                      const uint32_t *b, int b_stride, float *c, int c_stride) {
+#if defined(__AMX_BF16__)
+    if (pairs) return multiply_tiles(fresh, rows, columns, steps, a, a_stride, b, b_stride, c, c_stride);
+#endif
     for (int r = 0; r < rows; r += 4) {
         const uint32_t *ar = a + r * a_stride;
         float *cr = c + r * c_stride;
@@ -102,7 +157,8 @@ INLINE void multiply(const bool pairs, const bool fresh, int rows, int columns, 
 /* q [rows, D] as [rows, steps]. */
 static void load_queries(const struct attention *a, struct rows rows, const char *q, uint32_t *to) {
     int group = a->heads / a->kv_heads, size = a->size, width = a->is_bf16 ? 2 : 4;
-    int steps = a->is_bf16 && PAIRS ? size / 2 : size;
+    int steps = steps_of(a->is_bf16 && PAIRS, size);
+    memset(to, 0, sizeof(*to) * rows.count * steps);
     for (int r = 0; r < rows.count; r++) {
         int f = rows.first + r;
         int64_t token = a->q_indptr[rows.segment] + f / group, head = rows.kv_head * group + f % group;
@@ -113,49 +169,68 @@ static void load_queries(const struct attention *a, struct rows rows, const char
     }
 }
 
-/* keys [count, D] -> columns of [steps, KEYS]; count is a multiple of 16. */
-INLINE void load_keys(const bool is_bf16, int size, int count, const uint32_t *from, uint32_t *to) {
+/* keys [count, D] -> columns of [steps, KEYS]; count is a multiple of 16.  Fetches the rows `ahead` of these into the cache. */
+INLINE void load_keys(const bool is_bf16, int size, int count, const char *from, int64_t ahead, uint32_t *to) {
     int words = is_bf16 ? size / 2 : size;
-    for (int k = 0; k < count; k += VL)
+    int64_t stride = words * 4;
+    for (int k = 0; k < count; k += VL, from += VL * stride)
         for (int w = 0; w < words; w += VL) {
             int n = smaller(VL, words - w);
             bits v[VL];
-            UNROLL for (int i = 0; i < VL; i++) v[i] = load_some(from + (k + i) * words + w, n);
-            transpose(v);
-            if (is_bf16 && !PAIRS) {
-                UNROLL for (int i = 0; i < VL; i++) if (i < n) {
-                    store_bits(to + (2 * (w + i)) * KEYS + k, v[i] << 16);
-                    store_bits(to + (2 * (w + i) + 1) * KEYS + k, v[i] & (int32_t)0xffff0000);
+            const char *row = from + 4 * w;
+            if (n == VL) {
+                UNROLL for (int i = 0; i < VL; i++, row += stride) {
+                    v[i] = load_bits((const uint32_t *)row);
+                    if (VL == 16 || w % 16 == 0) _mm_prefetch(row + ahead, _MM_HINT_T1);
                 }
             } else {
-                UNROLL for (int i = 0; i < VL; i++) if (i < n) store_bits(to + (w + i) * KEYS + k, v[i]);
+                UNROLL for (int i = 0; i < VL; i++, row += stride) v[i] = load_some((const uint32_t *)row, n);
+            }
+            transpose(v);
+            uint32_t *column = to + (is_bf16 && !PAIRS ? 2 * w : w) * KEYS + k;
+            UNROLL for (int i = 0; i < VL; i++) {
+                if (i >= n) break;
+                if (is_bf16 && !PAIRS) {
+                    store_bits(column + 2 * i * KEYS, v[i] << 16);
+                    store_bits(column + (2 * i + 1) * KEYS, v[i] & (int32_t)0xffff0000);
+                } else {
+                    store_bits(column + i * KEYS, v[i]);
+                }
             }
         }
 }
 
 /* values [count, D] -> rows of [steps, padded D]; keys outside [low, high) become zero, for 0 * NaN is NaN. */
-INLINE void load_values(const bool is_bf16, int size, int count, int low, int high, const char *from, uint32_t *to) {
-    int width = padded(size);
+INLINE void load_values(const bool is_bf16, int size, int count, int low, int high, const char *from, int64_t ahead, uint32_t *to) {
+    int width = padded(size), bytes = is_bf16 ? 2 : 4;
 #if PAIRS
     if (is_bf16) {
-        for (int k = 0; k < count; k += 2) {
-            const uint16_t *row = (const uint16_t *)from + k * size;
-            bool first = k >= low && k < high, second = k + 1 >= low && k + 1 < high;
-            for (int d = 0; d < size; d += VL) {
-                __mmask16 some = size - d >= VL ? 0xffff : (1u << (size - d)) - 1;
-                __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first ? some : 0, row + d));
-                __m512i y = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second ? some : 0, row + size + d));
-                store_bits(to + k / 2 * width + d, (bits)x | (bits)y << 16);
+        const __m512i first_half = (__m512i)((IOTA + 32) << 16 | IOTA) , second_half = (__m512i)((IOTA + 48) << 16 | (IOTA + 16));
+        for (int k = 0; k < count; k += 2, from += 4 * size, to += width) {
+            bool both = k >= low && k + 1 < high, first = k >= low && k < high, second = k + 1 >= low && k + 1 < high;
+            for (int d = 0; d < size; d += 32) {
+                const char *row = from + 2 * d;
+                __m512i x, y;
+                _mm_prefetch(row + ahead, _MM_HINT_T1);
+                _mm_prefetch(row + 2 * size + ahead, _MM_HINT_T1);
+                if (both && size - d >= 32) {
+                    x = _mm512_loadu_si512(row), y = _mm512_loadu_si512(row + 2 * size);
+                } else {
+                    __mmask32 some = size - d >= 32 ? 0xffffffff : (1u << (size - d)) - 1;
+                    x = _mm512_maskz_loadu_epi16(first ? some : 0, row), y = _mm512_maskz_loadu_epi16(second ? some : 0, row + 2 * size);
+                }
+                store_bits(to + d, (bits)_mm512_permutex2var_epi16(x, first_half, y));
+                if (d + 16 < width) store_bits(to + d + 16, (bits)_mm512_permutex2var_epi16(x, second_half, y));
             }
         }
         return;
     }
 #endif
-    for (int k = 0; k < count; k++)
+    for (int k = 0; k < count; k++, from += size * bytes, to += width)
         for (int d = 0; d < size; d += VL) {
             int n = k >= low && k < high ? smaller(VL, size - d) : 0;
-            lanes x = n ? load_as_float(from + ((int64_t)k * size + d) * (is_bf16 ? 2 : 4), n, is_bf16) : splat(0);
-            store((float *)to + k * width + d, x);
+            if (d * bytes % 64 == 0) _mm_prefetch(from + d * bytes + ahead, _MM_HINT_T1);
+            store((float *)to + d, n ? load_as_float(from + d * bytes, n, is_bf16) : splat(0));
         }
 }
 
@@ -170,11 +245,11 @@ INLINE const char *block_at(const struct attention *a, struct rows rows, const c
 
 /* Brings the positions [low, high) of the tile at `base` into scratch; says how many blocks of it are there. */
 static int load_tile(const struct attention *a, struct rows rows, const char *kv, int base, int low, int high, struct scratch *w) {
-    int size = a->size, slots = a->slots, blocks = 0;
+    int size = a->size, slots = a->slots, columns = round_up(high - base, GRAIN), blocks = 0;
     bool pairs = a->is_bf16 && PAIRS;
     int64_t values_after = a->kv_heads * slots * size * (a->is_bf16 ? 2 : 4);
-    for (int k = 0; k < high - base; k += slots) {
-        const char *block = base + k + slots <= low ? NULL : block_at(a, rows, kv, base + k);
+    for (int k = 0; k < columns; k += slots) {
+        const char *block = base + k + slots <= low || base + k >= high ? NULL : block_at(a, rows, kv, base + k);
         uint32_t *values = w->values + (pairs ? k / 2 : k) * padded(size);
         UNROLL for (int i = 0; i < slots; i += VL) *(bits *)(w->present + k + i) = splat_bits(block ? -1 : 0);
         if (!block) {
@@ -182,13 +257,16 @@ static int load_tile(const struct attention *a, struct rows rows, const char *kv
             continue;
         }
         blocks++;
-        int count = smaller(slots, (high - base - k + 15) / 16 * 16);
+        /* The next tile is on its way to the cache while this one is computed. */
+        const char *next = block_at(a, rows, kv, base + KEYS + k);
+        int64_t ahead = next ? next - block : 0;
+        int count = smaller(slots, columns - k);
         if (a->is_bf16) {
-            load_keys(true, size, count, (const uint32_t *)block, w->keys + k);
-            load_values(true, size, count, low - base - k, high - base - k, block + values_after, values);
+            load_keys(true, size, count, block, ahead, w->keys + k);
+            load_values(true, size, count, low - base - k, high - base - k, block + values_after, ahead, values);
         } else {
-            load_keys(false, size, count, (const uint32_t *)block, w->keys + k);
-            load_values(false, size, count, low - base - k, high - base - k, block + values_after, values);
+            load_keys(false, size, count, block, ahead, w->keys + k);
+            load_values(false, size, count, low - base - k, high - base - k, block + values_after, ahead, values);
         }
     }
     return blocks;
@@ -231,8 +309,8 @@ INLINE void weigh(const bool pairs, float factor, int columns, int low, int high
 INLINE void attend_tile(const struct attention *a, const bool pairs, struct rows rows, const char *kv, int base, int low, int high,
                         struct scratch *w) {
     if (!load_tile(a, rows, kv, base, low, high, w)) return;
-    int size = a->size, width = padded(size), steps = pairs ? size / 2 : size;
-    int group = a->heads / a->kv_heads, columns = (high - base + 15) / 16 * 16;
+    int size = a->size, width = padded(size), steps = steps_of(pairs, size);
+    int group = a->heads / a->kv_heads, columns = round_up(high - base, GRAIN);
     multiply(pairs, true, rows.count, columns, steps, w->q, steps, w->keys, KEYS, w->scores, KEYS);
     for (int r = 0; r < rows.count; r++) {
         int position = a->first_pos[rows.segment] + (rows.first + r) / group;
@@ -303,6 +381,32 @@ static int chunks_of(const struct attention *a, struct rows rows, int *first) {
     return (high + CHUNK - 1) / CHUNK - *first;
 }
 
+static void enter(const struct attention *a, struct scratch *w) {
+#if defined(__AMX_BF16__)
+    int steps = steps_of(true, a->size);
+    configure_tiles();
+    if (a->is_bf16) memset(w->keys + a->size / 2 * KEYS, 0, sizeof(*w->keys) * (steps - a->size / 2) * KEYS);
+#else
+    (void)a, (void)w;
+#endif
+}
+
+static void leave(void) {
+#if defined(__AMX_BF16__)
+    _tile_release();
+#endif
+}
+
+/* Whether this process may run the kernels: the kernel hands out the tile registers on request. */
+int permitted(void) {
+#if defined(__AMX_BF16__)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 1;
+#endif
+}
+
 /* q [T, H, D], kv, out [T, H, D], lse [T, H].  0, or -1 when memory runs out. */
 int paged_attention(const struct attention *a, const char *q, const char *kv, char *out, float *lse) {
     int group = a->heads / a->kv_heads, width = padded(a->size), count = 0;
@@ -326,6 +430,7 @@ int paged_attention(const struct attention *a, const char *q, const char *kv, ch
 #pragma omp parallel num_threads(a->threads) if (a->threads > 1)
         {
             struct scratch w;
+            enter(a, &w);
 #pragma omp for schedule(dynamic, 1)
             for (int i = 0; i < count; i++) {
                 int first, chunks = chunks_of(a, items[i], &first);
@@ -337,6 +442,7 @@ int paged_attention(const struct attention *a, const char *q, const char *kv, ch
                 }
                 finish(a, items[i], &w.total, out, lse);
             }
+            leave();
         }
     } else { /* too few items for the threads: every chunk is its own item, its state is kept until all are there */
         struct state *states = aligned_alloc(64, sizeof(struct state) * parts);
@@ -344,6 +450,7 @@ int paged_attention(const struct attention *a, const char *q, const char *kv, ch
 #pragma omp parallel num_threads(a->threads)
         {
             struct scratch w;
+            enter(a, &w);
 #pragma omp for schedule(dynamic, 1)
             for (int part = 0; part < parts; part++) {
                 int i = 0, first;
@@ -359,6 +466,7 @@ int paged_attention(const struct attention *a, const char *q, const char *kv, ch
                 for (int part = first_part[i]; part < first_part[i + 1]; part++) join(&w.total, &states[part], items[i].count, width);
                 finish(a, items[i], &w.total, out, lse);
             }
+            leave();
         }
         free(states);
     }

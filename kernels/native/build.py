@@ -41,19 +41,18 @@ class InstructionSet:
     cpu_flags: frozenset[str]
 
 
+def _set(name: str, title: str, *flags: str) -> InstructionSet:
+    cpu_flags = frozenset(flag.replace("-", "_").replace("avx512bf16", "avx512_bf16") for flag in flags)
+    return InstructionSet(name, title, tuple(f"-m{flag}" for flag in flags), cpu_flags)
+
+
 _AVX2 = ("avx2", "fma")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
-
-
-def _set(name: str, title: str, flags: tuple[str, ...], *more: str) -> InstructionSet:
-    compiler_flags = tuple(f"-m{flag.replace('_', '')}" for flag in (*flags, *more))
-    return InstructionSet(name, title, compiler_flags, frozenset((*flags, *more)))
-
-
 INSTRUCTION_SETS = (  # best first
-    _set("avx512_bf16", "AVX-512 BF16", _AVX512, "avx512_bf16"),
-    _set("avx512", "AVX-512", _AVX512),
-    _set("avx2", "AVX2", _AVX2),
+    _set("amx_bf16", "AMX BF16", *_AVX512, "avx512bf16", "amx-tile", "amx-bf16"),
+    _set("avx512_bf16", "AVX-512 BF16", *_AVX512, "avx512bf16"),
+    _set("avx512", "AVX-512", *_AVX512),
+    _set("avx2", "AVX2", *_AVX2),
 )
 
 
