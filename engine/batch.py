@@ -1,7 +1,7 @@
 """What crosses from the scheduler to the runner and back: plain frozen data, no torch.
 
-A batch is a list of segments.  Decoding is a segment of length 1; a chunk of a prompt and a recomputed prefix are longer
-ones; nothing else distinguishes them.
+A batch is a list of segments.  Decoding is a segment of length 1; a chunk of a prompt and a recomputed
+prefix are longer ones; nothing else distinguishes them.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +29,9 @@ class Segment:
     row: int  # names the turn towards the runner
     first: int  # absolute position of the first token
     token_ids: tuple[int, ...] | None
-    slots: tuple[int, ...]  # device block of each block of the conversation up to the segment's end, -1 = hole
+    slots: tuple[
+        int, ...
+    ]  # device block of each block of the conversation up to the segment's end, -1 = hole
     draw: RowParams | None  # set if the last position's logits choose a token
 
     @property

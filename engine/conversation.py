@@ -1,7 +1,8 @@
 """A conversation and its turn, as the scheduler and the engine see them.
 
-`tokens` is the whole history: what is committed, and behind it what the turn in flight has added.  A turn begins by
-appending its prompt and ends by being committed (its tokens stay) or discarded (they are cut off again).
+`tokens` is the whole history: what is committed, and behind it what the turn in flight has added.  A turn
+begins by appending its prompt and ends by being committed (its tokens stay) or discarded (they are cut off
+again).
 """
 
 from array import array
@@ -67,7 +68,9 @@ class Conversation:
         self.tokens.extend(turn.prompt_ids)
 
     def end(self, num_reply_kept: int | None) -> None:
-        """The turn in flight is over.  Its prompt and `num_reply_kept` tokens stay; None cuts off the whole turn."""
+        """The turn in flight is over.  Its prompt and `num_reply_kept` tokens stay; None cuts off the whole
+        turn.
+        """
         if self.turn is None:
             raise InvariantError(f"conversation {self.id} has no turn to end")
         if num_reply_kept is not None:

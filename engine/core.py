@@ -1,8 +1,8 @@
 """The engine without asyncio: plan, execute, apply.
 
-`plan` and `apply` touch integers on one thread; `execute` runs a frozen plan and may run elsewhere, in the order of
-planning.  A plan may be made before the previous one is applied (run-ahead): tokens that a launched step samples are
-scheduled before they are known.
+`plan` and `apply` touch integers on one thread; `execute` runs a frozen plan and may run elsewhere, in the
+order of planning.  A plan may be made before the previous one is applied (run-ahead): tokens that a
+launched step samples are scheduled before they are known.
 """
 
 from collections.abc import Sequence
@@ -53,8 +53,12 @@ class EngineCore:
 
     # -- conversations
 
-    def new_conversation(self, id: ConversationId, tenant: Tenant, tokens: Sequence[int] = ()) -> Conversation:
-        """A conversation with a committed history; nothing of it needs to be computed before a turn asks for it."""
+    def new_conversation(
+        self, id: ConversationId, tenant: Tenant, tokens: Sequence[int] = ()
+    ) -> Conversation:
+        """A conversation with a committed history; nothing of it needs to be computed before a turn asks
+        for it.
+        """
         conversation = Conversation(id, tenant, self.manager.new_table(tenant, self._clock.monotonic()))
         conversation.tokens.extend(tokens)
         conversation.num_committed = len(tokens)
@@ -73,9 +77,16 @@ class EngineCore:
     # -- turns
 
     def begin(
-        self, conversation: Conversation, turn_id: TurnId, prompt_ids: Sequence[int], sampling: SamplingParams, seed: int
+        self,
+        conversation: Conversation,
+        turn_id: TurnId,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        seed: int,
     ) -> Turn:
-        """Append the prompt and queue the turn.  Raises ContextOverflow if not even one token of reply would fit."""
+        """Append the prompt and queue the turn.  Raises ContextOverflow if not even one token of reply
+        would fit.
+        """
         left = self.context_left(conversation)
         if len(prompt_ids) + 1 > left:
             raise ContextOverflow(
@@ -86,7 +97,14 @@ class EngineCore:
         max_new = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         self._num_turns += 1
         turn = Turn(
-            turn_id, self._num_turns, conversation, tuple(prompt_ids), sampling, seed, max_new, self._clock.monotonic()
+            turn_id,
+            self._num_turns,
+            conversation,
+            tuple(prompt_ids),
+            sampling,
+            seed,
+            max_new,
+            self._clock.monotonic(),
         )
         conversation.begin(turn)
         self.manager.extend(conversation.table, conversation.tokens)
@@ -101,6 +119,14 @@ class EngineCore:
             del turn.reply_ids[num_reply_kept:]
         turn.conversation.end(num_reply_kept)
         self.manager.truncate(turn.conversation.table, len(turn.conversation.tokens))
+
+    def cut(self, conversation: Conversation, num_tokens: int) -> None:
+        """Forget the committed history from token `num_tokens` on."""
+        if conversation.turn is not None or num_tokens > conversation.num_committed:
+            raise InvariantError(f"conversation {conversation.id} cannot be cut at token {num_tokens}")
+        conversation.num_committed = num_tokens
+        del conversation.tokens[num_tokens:]
+        self.manager.truncate(conversation.table, num_tokens)
 
     # -- steps
 

@@ -1,6 +1,8 @@
-"""What can go wrong, one class per answer a caller could give.  `rpc.codec` maps them to gRPC status in one table.
+"""What can go wrong, one class per answer a caller could give.  `rpc.codec` maps them to gRPC status in one
+table.
 
-Messages are written for the caller: what happened, with values, and what to do.  `InvariantError` is for our own bugs.
+Messages are written for the caller: what happened, with values, and what to do.  `InvariantError` is for
+our own bugs.
 """
 
 
@@ -44,6 +46,10 @@ class Draining(EngineError):
 
 class AttachmentTaken(EngineError):
     """Another stream has attached to this conversation."""
+
+
+class TurnCancelled(EngineError):
+    """The turn was cancelled and discarded; the conversation stands as before it."""
 
 
 class Unauthenticated(EngineError):

@@ -1,8 +1,9 @@
 """Which tokens the next step computes: one token budget, no phases.
 
-Turns that decode come first, then prompts in chunks, first come first served, then the queue.  A turn that was suspended
-or whose history lost blocks simply has more missing positions than others.  When slots run out, the newest running turn
-is suspended: its blocks become evictable and it goes back to the head of the queue.
+Turns that decode come first, then prompts in chunks, first come first served, then the queue.  A turn that
+was suspended or whose history lost blocks simply has more missing positions than others.  When slots run
+out, the newest running turn is suspended: its blocks become evictable and it goes back to the head of the
+queue.
 """
 
 from collections import deque
@@ -57,9 +58,17 @@ class Scheduler:
         short, self._short = self._short, None
         order = sorted(self.running, key=lambda turn: (turn is not short, not turn.caught_up))
         for turn in order:
-            if turn.state is TurnState.RUNNING and turn.may_compute and parts.num_tokens < self.max_step_tokens:
+            if (
+                turn.state is TurnState.RUNNING
+                and turn.may_compute
+                and parts.num_tokens < self.max_step_tokens
+            ):
                 self._add(parts, turn, now)
-        while self.waiting and len(self.running) < self.max_concurrent and parts.num_tokens < self.max_step_tokens:
+        while (
+            self.waiting
+            and len(self.running) < self.max_concurrent
+            and parts.num_tokens < self.max_step_tokens
+        ):
             if self.waiting[0].paused or not self._fits(self.waiting[0]):
                 break
             turn = self.waiting.popleft()
@@ -152,7 +161,9 @@ class Scheduler:
         parts.blocks.update(dict.fromkeys(block for block in conversation.table.blocks[: len(slots)]))
 
     def _newest_idle_in(self, parts: "_Parts", turn: Turn) -> Turn | None:
-        """The newest running turn behind `turn`, or any paused one, that this step does not already compute."""
+        """The newest running turn behind `turn`, or any paused one, that this step does not already
+        compute.
+        """
         for other in reversed(self.running):
             if other is not turn and other not in parts.in_plan and (other.row > turn.row or other.paused):
                 return other

@@ -100,7 +100,9 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class ConversationEvent:
-    """Base of what a conversation tells its client.  `seq` grows by one per event, over the conversation's whole life."""
+    """Base of what a conversation tells its client.  `seq` grows by one per event, over the conversation's
+    whole life.
+    """
 
     seq: int
 
@@ -114,7 +116,9 @@ class TurnAccepted(ConversationEvent):
 
 @dataclass(frozen=True, slots=True)
 class Delta(ConversationEvent):
-    """More of the reply.  `offset` counts the reply's tokens before this delta: 0 replaces whatever was shown."""
+    """More of the reply.  `offset` counts the reply's tokens before this delta: 0 replaces whatever was
+    shown.
+    """
 
     turn_id: TurnId
     offset: int

@@ -1,5 +1,5 @@
-"""Small real classes behind the engine's interfaces: a clock that tests move, and a model whose replies depend on every KV
-entry it reads, so that a wrong cache changes the text."""
+"""Small real classes behind the engine's interfaces: a clock that tests move, and a model whose replies
+depend on every KV entry it reads, so that a wrong cache changes the text."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,9 @@ def choose(values: Sequence[int]) -> int:
     return (state >> 17) % VOCAB
 
 
-def stateless_reply(history: Sequence[int], num_tokens: int, eos_ids: frozenset[int] = frozenset({EOS})) -> list[int]:
+def stateless_reply(
+    history: Sequence[int], num_tokens: int, eos_ids: frozenset[int] = frozenset({EOS})
+) -> list[int]:
     """What a fresh run over `history` replies: nothing is cached, shared or evicted here."""
     values: list[int] = []
     for position, token in enumerate(history):
@@ -48,8 +50,8 @@ def stateless_reply(history: Sequence[int], num_tokens: int, eos_ids: frozenset[
 
 
 class FakeRunner:
-    """Keeps one integer per token slot.  The entry of a position mixes token, position and the entry before it, read through
-    the block table, as the KV of a deep layer depends on all that came before."""
+    """Keeps one integer per token slot.  The entry of a position mixes token, position and the entry before
+    it, read through the block table, as the KV of a deep layer depends on all that came before."""
 
     def __init__(self, num_slots: int, block_size: int) -> None:
         self.kv = np.full((num_slots, block_size), POISON, dtype=np.int64)
@@ -74,6 +76,8 @@ class FakeRunner:
 
     def _read(self, slots: Sequence[int], position: int) -> int:
         value = int(self.kv[slots[position // self.block_size], position % self.block_size])
-        assert slots[position // self.block_size] >= 0, f"position {position} was attended while its block is a hole"
+        assert slots[position // self.block_size] >= 0, (
+            f"position {position} was attended while its block is a hole"
+        )
         assert value != POISON, f"position {position} was attended before anything was written there"
         return value

@@ -1,9 +1,9 @@
 """A block and the table of a conversation.
 
-A `Block` is logical: the KV of one run of `block_size` tokens, wherever it is, or nowhere.  A conversation's `BlockTable`
-names its blocks from position 0 on; a hole is simply a block without KV.  Full blocks are content-addressed (a chained
-hash of tenant, parent and tokens) and shared between tables, so whoever brings one back brings it back for all.  Only
-`KVCacheManager` changes these objects.
+A `Block` is logical: the KV of one run of `block_size` tokens, wherever it is, or nowhere.  A
+conversation's `BlockTable` names its blocks from position 0 on; a hole is simply a block without KV.  Full
+blocks are content-addressed (a chained hash of tenant, parent and tokens) and shared between tables, so
+whoever brings one back brings it back for all.  Only `KVCacheManager` changes these objects.
 """
 
 from array import array
@@ -25,11 +25,22 @@ class Residency(Enum):
 class Block:
     """The KV of up to `block_size` consecutive tokens.
 
-    `num_valid` tokens hold KV now; `num_scheduled` will once every planned step has been applied.  Steps run in the order
-    they were planned, so a later step may already attend to what an earlier one, or the same one, is scheduled to write.
+    `num_valid` tokens hold KV now; `num_scheduled` will once every planned step has been applied.  Steps
+    run in the order they were planned, so a later step may already attend to what an earlier one, or the
+    same one, is scheduled to write.
     """
 
-    __slots__ = ("slot", "num_valid", "num_scheduled", "num_refs", "num_active", "num_pins", "generation", "hash", "last_used")
+    __slots__ = (
+        "slot",
+        "num_valid",
+        "num_scheduled",
+        "num_refs",
+        "num_active",
+        "num_pins",
+        "generation",
+        "hash",
+        "last_used",
+    )
 
     def __init__(self, block_hash: bytes | None = None) -> None:
         self.slot = NO_SLOT  # the device block that holds it
@@ -74,7 +85,9 @@ class BlockTable:
 
 
 def chain_hash(tenant: str, parent: bytes | None, token_ids: Sequence[int]) -> bytes:
-    """The name of a full block: 128 bits over the tenant, all tokens before it (through `parent`) and its own tokens."""
+    """The name of a full block: 128 bits over the tenant, all tokens before it (through `parent`) and its
+    own tokens.
+    """
     digest = blake2b(parent if parent is not None else b"continuo\0" + tenant.encode(), digest_size=16)
     digest.update(array("i", token_ids).tobytes())
     return digest.digest()

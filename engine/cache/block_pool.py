@@ -1,4 +1,6 @@
-"""The device blocks of one tier, as integers: who has which slot is the manager's business, what is free is known here."""
+"""The device blocks of one tier, as integers: who has which slot is the manager's business, what is free is
+known here.
+"""
 
 import heapq
 

@@ -5,11 +5,11 @@ Life of a table's blocks:
     extend      tokens become known; full blocks are looked up by hash, so equal prefixes share blocks
     activate    a turn begins to run: its blocks can no longer be evicted
     schedule    the missing positions, ascending, get slots and become runs of a step
-    pin / settle   a step was launched / has ended: what it wrote is valid, unless the block was given up meanwhile
-    deactivate  the turn ended: everything it holds can be evicted again
+    pin / settle   a step was launched / has ended: what it wrote is valid, unless the block was given up
+    meanwhile deactivate  the turn ended: everything it holds can be evicted again
 
-An idle conversation therefore never holds an unevictable block, and a block without KV is never an error: it is computed
-again when a turn needs it.
+An idle conversation therefore never holds an unevictable block, and a block without KV is never an error:
+it is computed again when a turn needs it.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,9 @@ class KVCacheManager:
         return table
 
     def extend(self, table: BlockTable, tokens: Sequence[int]) -> None:
-        """`tokens` [num_known] is the whole history; what is new beyond `table.num_tokens` gets its blocks."""
+        """`tokens` [num_known] is the whole history; what is new beyond `table.num_tokens` gets its
+        blocks.
+        """
         size = self.block_size
         first_changed = table.num_tokens // size
         table.num_tokens = len(tokens)
@@ -88,8 +90,8 @@ class KVCacheManager:
                 self._append(table, block)
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
-        """Forget what is at `num_tokens` and after.  A shared or full block that is cut is left to its other owners and its
-        remaining tokens are computed again; an exclusively owned partial one is kept."""
+        """Forget what is at `num_tokens` and after.  A shared or full block that is cut is left to its
+        other owners and its remaining tokens are computed again; an exclusively owned partial one is kept."""
         size = self.block_size
         while len(table.blocks) * size > num_tokens:
             kept = num_tokens - (len(table.blocks) - 1) * size
@@ -111,6 +113,12 @@ class KVCacheManager:
         while table.blocks:
             self._drop_last(table)
         del self._tables[table]
+
+    def drop(self, table: BlockTable) -> None:
+        """Give up all KV of an idle table that nothing else needs now."""
+        for block in table.blocks:
+            if block.evictable:
+                self._free_slot(block)
 
     # -- turns
 
@@ -144,7 +152,9 @@ class KVCacheManager:
     def num_cached(self, table: BlockTable, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens hold KV now."""
         size = self.block_size
-        return sum(min(block.num_valid, max(0, num_tokens - i * size)) for i, block in enumerate(table.blocks))
+        return sum(
+            min(block.num_valid, max(0, num_tokens - i * size)) for i, block in enumerate(table.blocks)
+        )
 
     @property
     def num_available(self) -> int:
@@ -153,12 +163,15 @@ class KVCacheManager:
 
     # -- steps
 
-    def schedule(self, table: BlockTable, num_tokens: int, budget: int, now: float) -> tuple[list[Run], list[Write], bool]:
+    def schedule(
+        self, table: BlockTable, num_tokens: int, budget: int, now: float
+    ) -> tuple[list[Run], list[Write], bool]:
         """Give slots to the first missing positions below `num_tokens`, at most `budget` of them.
 
-        Returns the runs, what they will write, and whether slots ran out.  `num_tokens` may exceed `table.num_tokens` by
-        tokens that a launched step is about to sample.  Runs are ascending and everything before each is resident or
-        scheduled no later, which is what makes recomputed prefixes exact.
+        Returns the runs, what they will write, and whether slots ran out.  `num_tokens` may exceed
+        `table.num_tokens` by tokens that a launched step is about to sample.  Runs are ascending and
+        everything before each is resident or scheduled no later, which is what makes recomputed prefixes
+        exact.
         """
         size = self.block_size
         runs: list[Run] = []
@@ -212,10 +225,14 @@ class KVCacheManager:
     # -- looking in
 
     def statistics(self) -> CacheStatistics:
-        return CacheStatistics(self.pool.num_slots, self.pool.num_free, self._num_evictable, self._num_evicted)
+        return CacheStatistics(
+            self.pool.num_slots, self.pool.num_free, self._num_evictable, self._num_evicted
+        )
 
     def check(self) -> None:
-        """Every slot is free or owned by exactly one block, and every count is what the tables say.  Raises InvariantError."""
+        """Every slot is free or owned by exactly one block, and every count is what the tables say.  Raises
+        InvariantError.
+        """
         refs: dict[Block, int] = {}
         active: dict[Block, int] = {}
         for table in self._tables:
@@ -236,7 +253,9 @@ class KVCacheManager:
                 raise InvariantError(f"the index knows {block!r}, which no table names")
         owned = [block.slot for block in (*refs, *self._leaving) if block.slot != NO_SLOT]
         if len(set(owned)) != len(owned) or len(owned) + self.pool.num_free != self.pool.num_slots:
-            raise InvariantError(f"{len(owned)} slots owned, {self.pool.num_free} free, {self.pool.num_slots} in all")
+            raise InvariantError(
+                f"{len(owned)} slots owned, {self.pool.num_free} free, {self.pool.num_slots} in all"
+            )
         if self._num_evictable != sum(block.evictable for block in refs):
             raise InvariantError(f"evictable blocks counted as {self._num_evictable}")
 
@@ -267,7 +286,9 @@ class KVCacheManager:
             self._free_slot(block)
 
     def _name(self, table: BlockTable, i: int, block_hash: bytes) -> None:
-        """The block at `i` has become full of known tokens: share it, or take the one that another table has."""
+        """The block at `i` has become full of known tokens: share it, or take the one that another table
+        has.
+        """
         mine, known = table.blocks[i], self._index.get(block_hash)
         if mine.hash is not None:
             raise InvariantError(f"block {i} was named before")
@@ -310,13 +331,20 @@ class KVCacheManager:
         block.generation += 1
 
     def _evict_some(self, now: float) -> int:
-        """Drop the lowest-ranked evictable blocks: a small share of the pool at once, so that ranking costs little per block."""
+        """Drop the lowest-ranked evictable blocks: a small share of the pool at once, so that ranking costs
+        little per block.
+        """
         wanted = min(self._num_evictable, max(1, self.pool.num_slots // 64))
         if not wanted:
             return 0
-        idle = sorted((table for table in self._tables if not table.is_active), key=lambda table: self._rank(table, now))
+        idle = sorted(
+            (table for table in self._tables if not table.is_active), key=lambda table: self._rank(table, now)
+        )
         num_dropped = 0
-        for spare_shared in (True, False):  # a block that somebody more recent shares goes only when nothing else can
+        for spare_shared in (
+            True,
+            False,
+        ):  # a block that somebody more recent shares goes only when nothing else can
             for table in idle:
                 for block in table.blocks:
                     if block.evictable and not (spare_shared and block.last_used > table.last_active):

@@ -12,5 +12,7 @@ Rank = Callable[[BlockTable, float], float]
 
 
 def lru(table: BlockTable, now: float) -> float:
-    """Longest idle first.  Within a conversation the leading blocks go first: they are the cheapest to compute again."""
+    """Longest idle first.  Within a conversation the leading blocks go first: they are the cheapest to
+    compute again.
+    """
     return table.last_active - now

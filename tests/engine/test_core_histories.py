@@ -1,4 +1,6 @@
-"""Random histories with tiny pools: whatever happens to the cache, replies equal those of a fresh stateless run."""
+"""Random histories with tiny pools: whatever happens to the cache, replies equal those of a fresh stateless
+run.
+"""
 
 from collections import deque
 from typing import Any
@@ -6,7 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from engine.cache.block_pool import BlockPool
 from engine.cache.manager import KVCacheManager
@@ -24,7 +32,9 @@ TOKENS = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9)
 
 
 class Histories(RuleBasedStateMachine):
-    """Open, turn, cancel, discard, leave memory, come back: steps run with or without one step of run-ahead."""
+    """Open, turn, cancel, discard, leave memory, come back: steps run with or without one step of
+    run-ahead.
+    """
 
     depth = 0
 
@@ -58,7 +68,9 @@ class Histories(RuleBasedStateMachine):
             return
         history = [*conversation.tokens, *prompt]
         try:
-            turn = self.core.begin(conversation, TurnId("t"), prompt, SamplingParams(max_tokens=num_new), seed=0)
+            turn = self.core.begin(
+                conversation, TurnId("t"), prompt, SamplingParams(max_tokens=num_new), seed=0
+            )
         except ContextOverflow:
             assert len(history) + 1 > CONTEXT
             assert list(conversation.tokens) == history[: -len(prompt)]
@@ -104,7 +116,9 @@ class Histories(RuleBasedStateMachine):
         else:
             assert list(conversation.tokens) == self.started[turn][:committed]
 
-    @precondition(lambda self: len(self.conversations) > 3 and any(c.turn is None for c in self.conversations))
+    @precondition(
+        lambda self: len(self.conversations) > 3 and any(c.turn is None for c in self.conversations)
+    )
     @rule(data=st.data(), come_back=st.booleans())
     def leave_memory(self, data: st.DataObject, come_back: bool) -> None:
         conversation = data.draw(st.sampled_from([c for c in self.conversations if c.turn is None]))
@@ -143,7 +157,9 @@ class HistoriesAheadByOne(Histories):
 class OverwrittenBlock(Histories):
     """One KV entry that some later turn must read is overwritten behind the manager's back."""
 
-    @precondition(lambda self: any(c.turn is None and self.manager.num_cached(c.table, 99) for c in self.conversations))
+    @precondition(
+        lambda self: any(c.turn is None and self.manager.num_cached(c.table, 99) for c in self.conversations)
+    )
     @rule(data=st.data())
     def overwrite(self, data: st.DataObject) -> None:
         cached = [c for c in self.conversations if c.turn is None and self.manager.num_cached(c.table, 99)]

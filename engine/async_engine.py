@@ -1,0 +1,383 @@
+"""The engine on an event loop: operations on conversations in, events out.
+
+The loop owns all state.  Steps run on the step thread (`step_loop`), text is tokenised on a small pool
+(`text_service`), commits go to the token log's thread.  Conversations live here while somebody uses them;
+idle ones beyond `max_conversations` leave memory and come back from the log.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack
+
+from engine.attachment import Attachment
+from engine.batch import StepResult
+from engine.config import EngineConfig
+from engine.core import EngineCore, TokenEvent
+from engine.errors import (
+    AttachmentTaken,
+    Conflict,
+    Draining,
+    EngineStopped,
+    InvalidRequest,
+    NotFound,
+    PermissionDenied,
+)
+from engine.live import LiveConversation, Outbox
+from engine.sampler import Sampler
+from engine.scheduler import Step
+from engine.statistics import Statistics, summary_line
+from engine.step_loop import StepLoop
+from engine.text_service import TextService
+from engine.token_log import TokenLog
+from engine.turns import Turns
+from engine.types import (
+    Clock,
+    ConversationEvent,
+    ConversationId,
+    ConversationRecord,
+    Delta,
+    FinishReason,
+    GenerateRequest,
+    Message,
+    ModelInfo,
+    OpenRequest,
+    ResumeRequest,
+    SamplingParams,
+    Tenant,
+    TurnAccepted,
+    TurnDone,
+    TurnFailed,
+    TurnId,
+    TurnRecord,
+    TurnRequest,
+)
+
+SEQ_GAP = 2**20
+"""After a restart `seq` goes on this far behind the last stored one: events that were sent but not stored
+stay behind it.
+"""
+MAX_ID_LENGTH = 128
+
+
+class AsyncEngine:
+    """Made by `engine.loader.load_engine`; an async context manager.  All methods are called on its event
+    loop.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        core: EngineCore,
+        log: TokenLog,
+        text: TextService,
+        sampler: Sampler,
+        clock: Clock,
+        info: ModelInfo,
+        defaults: SamplingParams,
+        thread_setup: Callable[[], None],
+        description: Sequence[str] = (),
+    ) -> None:
+        self.description = tuple(description)  # lines for people: what runs here and with how much
+        self.statistics = Statistics()
+        self.draining = False
+        self._config, self._core, self._log, self._text, self._clock = config, core, log, text, clock
+        self._info = info
+        self._turns = Turns(
+            core, log, text, sampler, clock, defaults, max_queue=config.max_queue, stateless=config.stateless
+        )
+        self._steps = StepLoop(
+            core,
+            self._after_step,
+            self._after_failure,
+            run_ahead=config.run_ahead,
+            stall_s=config.stall_s,
+            thread_setup=thread_setup,
+        )
+        self._turns.wake = self._steps.wake
+        self._live: dict[ConversationId, LiveConversation] = {}  # least recently used first
+        self._loading: dict[ConversationId, asyncio.Future[LiveConversation]] = {}
+        self._failed: asyncio.Event = asyncio.Event()
+        self._num_generated = 0
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> "AsyncEngine":
+        self._stack.callback(self._text.close)
+        self._stack.callback(self._log.close)
+        await self._stack.enter_async_context(self._steps)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.draining = True
+        self._end_all(Draining("the server is shutting down; reconnect and resume"))
+        await self._stack.aclose()
+
+    # -- conversations
+
+    async def open(self, tenant: Tenant, request: OpenRequest) -> Attachment:
+        """A new conversation, in the log before this returns.  AlreadyExists, InvalidRequest, Draining."""
+        self._refuse_if_over()
+        id = request.conversation_id
+        if id is not None and not (0 < len(id) <= MAX_ID_LENGTH and id.isprintable()):
+            raise InvalidRequest(
+                f"conversation id {id[:40]!r} has {len(id)} characters; "
+                f"use 1 to {MAX_ID_LENGTH} printable ones, or none"
+            )
+        now = self._clock.wall()
+        record = ConversationRecord(
+            id=id if id is not None else ConversationId(f"c-{secrets.token_hex(8)}"),
+            tenant=tenant,
+            fingerprint=self._info.fingerprint,
+            system=request.system,
+            sampling=request.sampling,
+            labels=dict(request.labels),
+            created_at=now,
+            updated_at=now,
+            resume_token=secrets.token_urlsafe(16),
+        )
+        await asyncio.wrap_future(self._log.create(record))
+        live = self._bring_to_life(record, [], [])
+        return self._attach(live, [], live.seq)
+
+    async def resume(self, tenant: Tenant, request: ResumeRequest) -> Attachment:
+        """Attach to a conversation wherever it is; a stream that holds it loses it.  What came after
+        `after_seq` follows.
+
+        NotFound; PermissionDenied for a wrong token; Conflict for another model or another number of
+        tokens.
+        """
+        self._refuse_if_over()
+        live = await self._find(tenant, request.conversation_id)
+        if request.resume_token is not None and not secrets.compare_digest(
+            request.resume_token.encode(), live.record.resume_token.encode()
+        ):
+            raise PermissionDenied(
+                f"the resume token for {live.record.id} is wrong; "
+                "leave it out, the id is enough for its owner"
+            )
+        expected = request.expect_committed_tokens
+        if expected is not None and expected != live.core.num_committed:
+            raise Conflict(
+                f"{live.record.id} has {live.core.num_committed} committed tokens, not {expected}; "
+                "resume without an expectation and read what is new"
+            )
+        after_seq = request.after_seq if request.after_seq is not None else live.seq - len(live.journal)
+        missed: list[ConversationEvent] = []
+        if live.turns and after_seq < live.seq - len(live.journal):
+            for turn in await self._turns.committed_turns(live):
+                if turn.done_seq > after_seq:
+                    missed += self._turns.replay(live, turn)
+        return self._attach(live, missed, after_seq)
+
+    async def get(
+        self, tenant: Tenant, conversation_id: ConversationId
+    ) -> tuple[ConversationRecord, list[TurnRecord]]:
+        """A conversation and its committed turns.  NotFound."""
+        loaded = await asyncio.wrap_future(self._log.load(conversation_id))
+        if loaded is None or loaded[0].tenant != tenant:
+            raise _not_found(conversation_id)
+        return loaded
+
+    async def list(
+        self, tenant: Tenant, labels: dict[str, str], page_size: int, page_token: str | None
+    ) -> tuple[list[ConversationRecord], str | None]:
+        """Conversations of the tenant, last used first, and the token of the next page if there is one."""
+        page = await asyncio.wrap_future(
+            self._log.list_conversations(
+                tenant, labels=labels, page_size=page_size, page_token=page_token or ""
+            )
+        )
+        return list(page.records), page.next_token or None
+
+    async def delete(self, tenant: Tenant, conversation_id: ConversationId) -> None:
+        """Erase a conversation everywhere.  NotFound."""
+        live = self._live.get(conversation_id)
+        if live is None:
+            await self.get(tenant, conversation_id)
+            await asyncio.wrap_future(self._log.delete(conversation_id))
+        elif live.record.tenant != tenant:
+            raise _not_found(conversation_id)
+        else:
+            await self._erase(live)
+
+    # -- without a conversation
+
+    async def generate(
+        self, tenant: Tenant, request: GenerateRequest
+    ) -> AsyncGenerator[TurnAccepted | Delta | TurnDone, None]:
+        """One prompt, one reply, nothing kept.  Closing the generator cancels it."""
+        self._refuse_if_over()
+        self._num_generated += 1
+        id = ConversationId(f"generate-{self._num_generated}")
+        now = self._clock.wall()
+        record = ConversationRecord(
+            id, tenant, self._info.fingerprint, None, SamplingParams(), created_at=now
+        )
+        live = self._bring_to_life(record, [], [], is_logged=False)
+        attachment = self._attach(live, [], live.seq)
+        try:
+            token_ids = request.token_ids
+            if request.prompt is not None:
+                if request.messages or token_ids:
+                    raise InvalidRequest("give a prompt, messages or token ids, not several of them")
+                token_ids = tuple(await self._text.encode(request.prompt, allow_special=True))
+                if not token_ids:
+                    raise InvalidRequest("the prompt is empty; give at least one token")
+            turn = TurnRequest(
+                TurnId("generate"), request.messages, token_ids, request.sampling, request.timeout_s
+            )
+            await attachment.turn(turn)
+            async for event in attachment.events():
+                if isinstance(event, TurnFailed):
+                    raise event.error
+                assert isinstance(event, TurnAccepted | Delta | TurnDone)
+                yield event
+                if isinstance(event, TurnDone):
+                    return
+        finally:
+            self._turns.end(live, FinishReason.CANCELLED, keep=False)
+            live.outbox = None
+            self._forget(live)
+
+    async def tokenize(self, text: str, allow_special: bool) -> Sequence[int]:
+        return await self._text.encode(text, allow_special=allow_special)
+
+    async def detokenize(self, token_ids: Sequence[int], skip_special: bool) -> str:
+        bad = next((id for id in token_ids if not 0 <= id < self._info.vocab_size), None)
+        if bad is not None:
+            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {self._info.vocab_size}")
+        return await self._text.decode(token_ids, skip_special=skip_special)
+
+    def model_info(self) -> ModelInfo:
+        return self._info
+
+    # -- the engine as a whole
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no new turn, let those in flight end until `grace_s` seconds, then cancel them keeping what
+        was said.
+        """
+        self.draining = True
+        error = Draining("the server is shutting down; reconnect and resume")
+        self._turns.stopped = error
+        ends = [asyncio.create_task(live.idle.wait()) for live in self._turns.in_flight]
+        if ends:
+            await asyncio.wait(ends, timeout=grace_s)
+            for live in self._turns.in_flight:
+                self._turns.end(live, FinishReason.CANCELLED, keep=True)
+            await asyncio.wait(ends, timeout=grace_s)
+            for task in ends:
+                task.cancel()
+        self._end_all(error)
+
+    async def wait_failed(self) -> EngineStopped:
+        """Returns once the engine makes no progress any more."""
+        await self._failed.wait()
+        assert self._steps.failed is not None
+        return self._steps.failed
+
+    def summary(self, before: Statistics, seconds: float) -> str | None:
+        """One line about the time since `before`, or None if nothing was computed."""
+        scheduler = self._core.scheduler
+        running, waiting = len(scheduler.running), len(scheduler.waiting)
+        return summary_line(
+            self.statistics, before, seconds, running, waiting, self._core.manager.statistics()
+        )
+
+    # -- private
+
+    def _after_step(self, step: Step, result: StepResult, events: Sequence[TokenEvent]) -> None:
+        self.statistics.count(step.plan, result)
+        self._turns.deliver(events)
+
+    def _after_failure(self, error: EngineStopped) -> None:
+        self._turns.fail_all(error)
+        self._end_all(error)
+        self._failed.set()
+
+    def _end_all(self, error: Exception) -> None:
+        for live in self._live.values():
+            if live.outbox is not None:
+                live.outbox.end(error)
+
+    def _refuse_if_over(self) -> None:
+        if self._turns.stopped is not None:
+            raise self._turns.stopped
+
+    async def _find(self, tenant: Tenant, conversation_id: ConversationId) -> LiveConversation:
+        """The conversation, brought back from the log if it is not in memory."""
+        live = self._live.get(conversation_id)
+        if live is None:
+            loading = self._loading.get(conversation_id)
+            if loading is None:
+                loading = asyncio.ensure_future(self._load(tenant, conversation_id))
+                self._loading[conversation_id] = loading
+                loading.add_done_callback(lambda _: self._loading.pop(conversation_id))
+            live = await asyncio.shield(loading)
+        if live.record.tenant != tenant or live.is_deleted or not live.is_logged:
+            raise _not_found(conversation_id)
+        return live
+
+    async def _load(self, tenant: Tenant, conversation_id: ConversationId) -> LiveConversation:
+        record, turns = await self.get(tenant, conversation_id)
+        if record.fingerprint != self._info.fingerprint:
+            raise Conflict(
+                f"{conversation_id} belongs to model {record.fingerprint}, "
+                f"this server has {self._info.fingerprint}; serve that model, or open a new conversation"
+            )
+        past = await self._text.past(record.system, turns)
+        live = self._bring_to_life(record, turns, past)
+        live.seq, live.retries = record.seq_mark + SEQ_GAP, True
+        return live
+
+    def _bring_to_life(
+        self,
+        record: ConversationRecord,
+        turns: Sequence[TurnRecord],
+        past: Sequence[Message],
+        is_logged: bool = True,
+    ) -> LiveConversation:
+        tokens = [id for turn in turns for id in (*turn.prompt_ids, *turn.reply_ids)]
+        core = self._core.new_conversation(record.id, record.tenant, tokens)
+        live = LiveConversation(
+            record,
+            core,
+            list(past),
+            {turn.turn_id: turn.digest for turn in turns},
+            record.seq_mark,
+            is_logged,
+        )
+        live.idle.set()
+        self._live[record.id] = live
+        self._unload_idle()
+        return live
+
+    def _attach(
+        self, live: LiveConversation, missed: Sequence[ConversationEvent], after_seq: int
+    ) -> Attachment:
+        if live.outbox is not None:
+            live.outbox.end(AttachmentTaken(f"another stream has attached to {live.record.id}"))
+        self._live[live.record.id] = self._live.pop(live.record.id)  # now the most recently used
+        outbox = Outbox(on_read=lambda: self._turns.resume_reading(live))
+        live.attach(outbox, missed, after_seq)
+        return Attachment(live, outbox, self._turns, self._erase, self._config.disconnect_grace_s)
+
+    def _unload_idle(self) -> None:
+        surplus = len(self._live) - self._config.max_conversations
+        if surplus > 0:
+            idle = (live for live in self._live.values() if live.outbox is None and live.idle.is_set())
+            for live in [live for live, _ in zip(idle, range(surplus), strict=False) if live.is_logged]:
+                self._forget(live)
+
+    async def _erase(self, live: LiveConversation) -> None:
+        await self._turns.erase(live)
+        self._forget(live)
+
+    def _forget(self, live: LiveConversation) -> None:
+        if self._live.get(live.record.id) is live:
+            del self._live[live.record.id]
+            self._core.forget(live.core)
+
+
+def _not_found(conversation_id: ConversationId) -> NotFound:
+    return NotFound(f"there is no conversation {conversation_id}; open a new one or list yours")

@@ -1,0 +1,84 @@
+"""One stream's hold on one conversation."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from engine.errors import AttachmentTaken
+from engine.live import LiveConversation, Outbox
+from engine.turns import Turns
+from engine.types import ConversationEvent, ConversationId, TurnId, TurnRequest
+
+
+class Attachment:
+    """Made by `AsyncEngine.open` and `resume`.  Another stream may take it over; every call then raises
+    AttachmentTaken.
+    """
+
+    def __init__(
+        self,
+        live: LiveConversation,
+        outbox: Outbox,
+        turns: Turns,
+        erase: Callable[[LiveConversation], Awaitable[None]],
+        grace_s: float,
+    ) -> None:
+        self._live, self._outbox, self._turns, self._erase, self._grace_s = (
+            live,
+            outbox,
+            turns,
+            erase,
+            grace_s,
+        )
+        self.conversation_id: ConversationId = live.record.id
+        self.resume_token = live.record.resume_token
+        self.committed_tokens = live.core.num_committed
+        self.committed_turns = len(live.turns)
+        self.last_seq = live.seq
+        self.context_left = turns.core.context_tokens - live.core.num_committed
+
+    def events(self) -> AsyncIterator[ConversationEvent]:
+        """In order of seq, first what was missed.  Ends after `close`; raises AttachmentTaken, Draining,
+        EngineStopped, or NotFound once somebody has deleted the conversation."""
+        return self._outbox.events()
+
+    async def turn(self, request: TurnRequest) -> None:
+        """Returns once the turn is accepted; raises if it is refused.  A turn id that is known with the
+        same content replays its outcome."""
+        self._check_held()
+        await self._turns.accept(self._live, request)
+
+    async def cancel(self, turn_id: TurnId, keep: bool) -> None:
+        """End the turn in flight; with `keep` what was said is committed, otherwise the turn leaves no
+        trace.
+        """
+        self._check_held()
+        await self._turns.cancel(self._live, turn_id, keep)
+
+    async def close(self, delete: bool) -> None:
+        """Retaining waits for the turn in flight to end; deleting discards it and erases the conversation."""
+        self._check_held()
+        if delete:
+            self._outbox.end()
+            await self._erase(self._live)
+        else:
+            await self._live.idle.wait()
+        self._release()
+
+    def detach(self) -> None:
+        """The stream is gone.  The turn in flight is cancelled after the grace period, unless somebody
+        resumes.
+        """
+        if self._live.outbox is self._outbox:
+            self._release()
+            self._turns.cancel_after(self._live, self._grace_s)
+
+    def _release(self) -> None:
+        self._outbox.end()
+        if self._live.outbox is self._outbox:
+            self._live.outbox = None
+            self._turns.resume_reading(self._live)
+
+    def _check_held(self) -> None:
+        if self._live.outbox is not self._outbox:
+            raise AttachmentTaken(
+                f"another stream has attached to {self.conversation_id}; resume it to take it back"
+            )

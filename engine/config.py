@@ -1,0 +1,51 @@
+"""Every setting of the engine, frozen.  Sizes are in tokens or bytes, times in seconds; None means: decided
+at start.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.errors import ConfigError
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+BLOCK_SIZES = (16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    model: Path  # folder in Hugging Face format
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: DTypeName = "auto"
+    block_size: int = 32  # tokens
+    device_kv_tokens: int | None = None
+    device_kv_bytes: int | None = None
+    max_step_tokens: int = 512
+    max_concurrent: int = 32  # turns computed at once
+    max_queue: int = 256  # turns that may wait
+    max_conversations: int = (
+        10_000  # kept in memory; idle ones beyond it are reloaded from the token log when used
+    )
+    data_dir: Path | None = None  # None: nothing survives the process
+    stateless: bool = False  # give KV up after every turn, to compare against
+    threads: int | None = None  # of the step; None: all cores
+    disconnect_grace_s: float = 10.0  # a turn goes on so long without its client
+    stall_s: float = 120.0  # a step that takes longer means that the engine has failed
+    run_ahead: int = 0  # steps planned before the one before them is known
+
+    def __post_init__(self) -> None:
+        if self.device == "cuda":
+            raise ConfigError("device cuda is not supported yet; use --device cpu")
+        if self.dtype == "float16":
+            raise ConfigError("dtype float16 has no fast path on CPUs; use bfloat16 or float32")
+        if self.block_size not in BLOCK_SIZES:
+            raise ConfigError(
+                f"block size is {self.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}"
+            )
+        if self.device_kv_tokens is not None and self.device_kv_bytes is not None:
+            raise ConfigError("give the KV size in tokens or in memory, not both")
+        for name in ("max_step_tokens", "max_concurrent", "max_queue", "max_conversations"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads is {self.threads}; it must be at least 1")

@@ -1,0 +1,154 @@
+"""A conversation in memory with everything around its tokens: messages, events, the stream attached to it,
+the turn's text.
+
+`LiveConversation` is passive: `AsyncEngine` decides what happens.  Events get their `seq` here.  Those of
+the turn in flight are kept until it is committed, so that a client that comes back in the middle misses
+nothing; committed turns are replayed from the token log.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from engine.conversation import Conversation, Turn
+from engine.text.detokenizer import IncrementalDetokenizer
+from engine.types import (
+    ConversationEvent,
+    ConversationRecord,
+    Delta,
+    Message,
+    TurnAccepted,
+    TurnDone,
+    TurnId,
+    TurnRecord,
+    TurnRequest,
+)
+
+MAX_UNREAD_TOKENS = 256
+"""A turn whose reader is this far behind pauses until it has caught up."""
+
+
+class Outbox:
+    """Events on their way to one reader.  Never blocks the writer: deltas that wait are merged into one."""
+
+    def __init__(self, on_read: Callable[[], None]) -> None:
+        self._events: deque[ConversationEvent] = deque()
+        self._changed = asyncio.Event()
+        self._end: Exception | None = None
+        self._ended = False
+        self._on_read = on_read
+
+    def put(self, event: ConversationEvent) -> None:
+        last = self._events[-1] if self._events else None
+        if (
+            isinstance(last, Delta)
+            and isinstance(event, Delta)
+            and event.offset == last.offset + len(last.token_ids)
+        ):
+            self._events[-1] = replace(
+                last, seq=event.seq, token_ids=last.token_ids + event.token_ids, text=last.text + event.text
+            )
+        else:
+            self._events.append(event)
+        self._changed.set()
+
+    def end(self, error: Exception | None = None) -> None:
+        """No more events; the reader gets what is left, then `error` if there is one."""
+        if not self._ended:
+            self._end, self._ended = error, True
+            self._changed.set()
+
+    @property
+    def num_unread_tokens(self) -> int:
+        return sum(len(event.token_ids) for event in self._events if isinstance(event, Delta))
+
+    async def events(self) -> AsyncIterator[ConversationEvent]:
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                self._on_read()
+                yield event
+            if self._ended:
+                if self._end is not None:
+                    raise self._end
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+
+@dataclass(eq=False, slots=True)
+class TurnInFlight:
+    """A turn between its acceptance and its place in the log."""
+
+    turn: Turn
+    request: TurnRequest
+    digest: bytes
+    detokenizer: IncrementalDetokenizer
+    history_rewritten: bool
+    created_at: float  # Unix seconds
+    text: list[str] = field(default_factory=list)
+    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class LiveConversation:
+    record: ConversationRecord  # `num_turns`, `num_tokens` and `updated_at` are those of the load, not of now
+    core: Conversation
+    past: list[Message]  # what the chat template is given
+    turns: dict[TurnId, bytes]  # digest of each committed turn's request
+    seq: int  # of the last event
+    is_logged: bool = True
+    preparing: TurnId | None = None  # accepted by nobody yet: its text is being tokenised
+    flight: TurnInFlight | None = None
+    journal: list[ConversationEvent] = field(default_factory=list)  # of the turn in flight
+    outbox: Outbox | None = None  # of the attached stream
+    retries: bool = False  # an earlier attempt at the next turn may have been shown
+    is_deleted: bool = False
+    idle: asyncio.Event = field(
+        default_factory=asyncio.Event
+    )  # no turn is being prepared, computed or committed
+    prepared: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def next_seq(self) -> int:
+        self.seq += 1
+        return self.seq
+
+    def emit(self, event: ConversationEvent) -> None:
+        """`event.seq` must come from `next_seq`."""
+        self.journal.append(event)
+        if self.outbox is not None:
+            self.outbox.put(event)
+
+    def attach(self, outbox: Outbox, missed: Iterable[ConversationEvent], after_seq: int) -> None:
+        self.outbox = outbox
+        for event in (*missed, *self.journal):
+            if event.seq > after_seq:
+                outbox.put(event)
+
+    def check_pace(self) -> bool:
+        """Pause the turn if its reader is far behind; returns True if it may go on again."""
+        if self.flight is None:
+            return False
+        turn, was_paused = self.flight.turn, self.flight.turn.paused
+        turn.paused = self.outbox is not None and self.outbox.num_unread_tokens > MAX_UNREAD_TOKENS
+        return was_paused and not turn.paused
+
+
+def replayed(record: TurnRecord, committed_tokens: int, context_left: int) -> list[ConversationEvent]:
+    """A committed turn as events: accepted, the whole reply at once, done."""
+    return [
+        TurnAccepted(record.done_seq - 2, record.turn_id, queue_position=0),
+        Delta(record.done_seq - 1, record.turn_id, 0, record.reply_ids, record.reply_text),
+        TurnDone(
+            record.done_seq,
+            record.turn_id,
+            record.finish_reason,
+            record.matched_stop,
+            record.usage,
+            record.timing,
+            context_left=context_left,
+            committed_tokens=committed_tokens,
+            history_rewritten=record.history_rewritten,
+        ),
+    ]

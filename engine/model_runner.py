@@ -1,0 +1,62 @@
+"""Runs a plan: integers become tensors once per step, the decoder computes, the sampler chooses."""
+
+import time
+
+import numpy as np
+import torch
+
+from engine.batch import StepPlan, StepResult
+from engine.cache.kv_store import KVStore
+from engine.models.decoder import Decoder
+from engine.sampler import Sampler
+from kernels.paged_attention import AttnMeta
+
+
+class ModelRunner:
+    """Knows nothing of queues, turns or conversations: a `row` is a number under which it remembers the
+    last token.
+    """
+
+    def __init__(self, decoder: Decoder, store: KVStore, sampler: Sampler, block_size: int) -> None:
+        self._decoder = decoder
+        self._store = store
+        self._sampler = sampler
+        self._block_size = block_size
+        self._last: dict[int, int] = {}  # row -> token of the step before
+
+    def run(self, plan: StepPlan) -> StepResult:
+        begun = time.perf_counter()
+        drawing = [segment for segment in plan.segments if segment.draw is not None]
+        meta = attn_meta(plan, self._block_size)
+        ids = torch.tensor(
+            [id for s in plan.segments for id in (s.token_ids or (self._last[s.row],))], dtype=torch.int64
+        )
+        ends = meta.q_indptr[1:].tolist()
+        rows = [end - 1 for segment, end in zip(plan.segments, ends, strict=True) if segment.draw is not None]
+        logits = self._decoder.forward(ids, meta, self._store.layers, torch.tensor(rows, dtype=torch.int64))
+        chosen = self._sampler.sample(
+            logits, [segment.draw for segment in drawing if segment.draw is not None]
+        )
+        self._last = {segment.row: token for segment, token in zip(drawing, chosen, strict=True)}
+        return StepResult(dict(self._last), time.perf_counter() - begun)
+
+
+def attn_meta(plan: StepPlan, block_size: int) -> AttnMeta:
+    """The plan's positions and block tables as tensors."""
+    segments = plan.segments
+    lengths = np.fromiter((segment.length for segment in segments), np.int64, len(segments))
+    first = np.fromiter((segment.first for segment in segments), np.int64, len(segments))
+    indptr = np.concatenate(([0], np.cumsum(lengths)))
+    tables = np.full((len(segments), max(len(segment.slots) for segment in segments)), -1, np.int32)
+    for i, segment in enumerate(segments):
+        tables[i, : len(segment.slots)] = segment.slots
+    owner = np.repeat(np.arange(len(segments)), lengths)
+    positions = np.arange(indptr[-1]) - indptr[owner] + first[owner]
+    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
+    return AttnMeta(
+        q_indptr=torch.from_numpy(indptr.astype(np.int32)),
+        first_pos=torch.from_numpy(first.astype(np.int32)),
+        block_tables=torch.from_numpy(tables),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(slots),
+    )

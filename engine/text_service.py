@@ -1,0 +1,76 @@
+"""Text in and out for the event loop: rendering and tokenising run on a small pool of threads."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from engine.errors import InvalidRequest
+from engine.text.chat_template import ChatTemplate
+from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text.tokenizer import Tokenizer
+from engine.text.turn_prompt import TurnPrompt, prompt_for_turn, sampled_message
+from engine.types import Message, TurnRecord
+
+T = TypeVar("T")
+
+
+class TextService:
+    def __init__(self, tokenizer: Tokenizer, num_threads: int = 2) -> None:
+        self.tokenizer = tokenizer
+        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template is not None else None
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="text")
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def encode(self, text: str, *, allow_special: bool) -> list[int]:
+        return await self._run(lambda: self.tokenizer.encode(text, allow_special=allow_special))
+
+    async def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        return await self._run(lambda: self.tokenizer.decode(ids, skip_special=skip_special))
+
+    async def prompt(
+        self, past: Sequence[Message], last_id: int | None, new: Sequence[Message], now: float
+    ) -> TurnPrompt:
+        """What `new` appends to a conversation.  InvalidRequest if the model has no chat template or
+        refuses the messages.
+        """
+        template = self._template
+        if template is None:
+            raise InvalidRequest("this model has no chat template; send token_ids instead of text")
+        return await self._run(lambda: prompt_for_turn(template, self.tokenizer, past, last_id, new, now))
+
+    def detokenizer(self, stop: tuple[str, ...], after: int, min_tokens: int) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self.tokenizer, stop, after=after, min_tokens=min_tokens)
+
+    def reply_message(self, reply_ids: Sequence[int], after: int) -> Message:
+        return sampled_message(self.tokenizer, reply_ids, after)
+
+    def ids_message(self, prompt_ids: Sequence[int]) -> Message:
+        """A turn that was given as ids, as a template may see it."""
+        return Message("user", self.tokenizer.decode(prompt_ids, skip_special=True))
+
+    async def past(self, system: str | None, turns: Sequence[TurnRecord]) -> list[Message]:
+        """The messages of a committed history."""
+
+        def build() -> list[Message]:
+            messages: list[Message] = []
+            for turn in turns:
+                messages += self.sent_messages(
+                    system if not turn.number else None, turn.messages, turn.prompt_ids
+                )
+                messages.append(self.reply_message(turn.reply_ids, turn.prompt_ids[-1]))
+            return messages
+
+        return await self._run(build)
+
+    def sent_messages(
+        self, system: str | None, messages: Sequence[Message], prompt_ids: Sequence[int]
+    ) -> list[Message]:
+        """What a turn adds to the past before its reply; the first turn brings the system message."""
+        sent = list(messages) or [self.ids_message(prompt_ids)]
+        return [Message("system", system), *sent] if system and messages else sent
