@@ -1,0 +1,66 @@
+"""An AsyncEngine over the fake model: everything real but the arithmetic."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.async_engine import AsyncEngine
+from engine.batch import StepPlan, StepResult
+from engine.cache.block_pool import BlockPool
+from engine.cache.manager import KVCacheManager
+from engine.cache.policy import lru
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.loader import GREEDY, SystemClock
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler
+from engine.text_service import TextService
+from engine.token_log import TokenLog
+from engine.types import Limits, ModelInfo
+from tests.fakes import FakeRunner, byte_tokenizer
+
+BLOCK_SIZE = 16
+VOCAB = 258
+IM_END = 257
+
+
+class WatchedRunner(FakeRunner):
+    """A fake model whose steps the test may hold up, or break."""
+
+    before_step: Callable[[StepPlan], None] | None = None
+
+    def run(self, plan: StepPlan) -> StepResult:
+        if self.before_step is not None:
+            self.before_step(plan)
+        return super().run(plan)
+
+
+def fake_engine(
+    data_dir: Path | None = None,
+    *,
+    num_slots: int = 64,
+    fingerprint: str = "fake",
+    eos_ids: frozenset[int] = frozenset({IM_END}),
+    **settings: object,
+) -> tuple[AsyncEngine, WatchedRunner, KVCacheManager]:
+    config = EngineConfig(Path("fake"), block_size=BLOCK_SIZE, data_dir=data_dir, **settings)  # type: ignore[arg-type]
+    manager = KVCacheManager(BlockPool(num_slots), BLOCK_SIZE, lru)
+    runner = WatchedRunner(num_slots, BLOCK_SIZE, VOCAB)
+    clock = SystemClock()
+    context = (num_slots - 1) * BLOCK_SIZE
+    scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent)
+    core = EngineCore(manager, scheduler, runner, clock, eos_ids, context)
+    limits = Limits(context, config.max_concurrent, config.max_queue, 1 << 20)
+    tokenizer = byte_tokenizer()
+    info = ModelInfo("fake", "0", fingerprint, "Fake", "int64", "cpu", VOCAB, tuple(eos_ids), True, limits)
+    engine = AsyncEngine(
+        config,
+        core,
+        TokenLog.open(data_dir, clock=clock),
+        TextService(tokenizer),
+        Sampler(VOCAB, eos_ids),
+        clock,
+        info,
+        GREEDY,
+        lambda: None,
+    )
+    return engine, runner, manager
