@@ -1,0 +1,239 @@
+"""Proto messages <-> engine types.  Usage, timing, limits and sampling have the same fields on both sides."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from google.protobuf.message import Message as ProtoMessage
+
+from engine import errors
+from engine.types import (
+    ConversationEvent,
+    ConversationId,
+    ConversationRecord,
+    Delta,
+    FinishReason,
+    GenerateRequest,
+    Message,
+    ModelInfo,
+    OpenRequest,
+    ResumeRequest,
+    SamplingParams,
+    TurnAccepted,
+    TurnDone,
+    TurnFailed,
+    TurnId,
+    TurnRecord,
+    TurnRequest,
+)
+from rpc._generated import continuo_pb2 as pb
+from rpc.status import error_message
+
+MAX_ID = 128  # characters of a conversation's or turn's id
+
+# ------------------------------------------------------------------------------------------------ requests
+
+
+def open_request(message: pb.Open) -> OpenRequest:
+    return OpenRequest(
+        conversation_id=conversation_id(message.conversation_id)
+        if message.HasField("conversation_id")
+        else None,
+        system=_given(message, "system"),
+        sampling=sampling_params(message.sampling),
+        labels=dict(message.labels),
+    )
+
+
+def resume_request(message: pb.Resume) -> ResumeRequest:
+    return ResumeRequest(
+        conversation_id=conversation_id(message.conversation_id),
+        resume_token=_given(message, "resume_token"),
+        after_seq=_given(message, "after_seq"),
+        expect_committed_tokens=_given(message, "expect_committed_tokens"),
+    )
+
+
+def turn_request(message: pb.Turn) -> TurnRequest:
+    turn_id = _id(message.turn_id, "turn_id")
+    kind = message.WhichOneof("input")
+    if kind is None:
+        raise errors.InvalidRequest(f"turn {turn_id} says nothing; set text, messages or token_ids")
+    messages = (Message("user", message.text),) if kind == "text" else _messages(message.messages)
+    return TurnRequest(
+        turn_id=TurnId(turn_id),
+        messages=messages,
+        token_ids=tuple(message.token_ids.token_ids),
+        sampling=sampling_params(message.sampling),
+        timeout_s=_seconds(message, "timeout_s"),
+    )
+
+
+def generate_request(message: pb.GenerateRequest, timeout_s: float | None) -> GenerateRequest:
+    """`timeout_s` is what is left of the call's deadline."""
+    kind = message.WhichOneof("prompt")
+    if kind is None:
+        raise errors.InvalidRequest("the request has no prompt; set text, messages or token_ids")
+    return GenerateRequest(
+        prompt=message.text if kind == "text" else None,
+        messages=_messages(message.messages),
+        token_ids=tuple(message.token_ids.token_ids),
+        sampling=sampling_params(message.sampling),
+        timeout_s=timeout_s,
+    )
+
+
+def drain_grace(message: pb.DrainRequest) -> float | None:
+    return _seconds(message, "grace_s")
+
+
+def sampling_params(message: pb.Sampling) -> SamplingParams:
+    """Fields have the same names on both sides; an empty list means not set."""
+    given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
+    for name in given.keys() & {"stop", "stop_token_ids"}:
+        given[name] = tuple(given[name])
+    return SamplingParams(**given)
+
+
+def cancelled_turn(message: pb.Cancel) -> TurnId:
+    return TurnId(_id(message.turn_id, "turn_id"))
+
+
+def conversation_id(text: str) -> ConversationId:
+    return ConversationId(_id(text, "conversation_id"))
+
+
+# ------------------------------------------------------------------------------------------------ answers
+
+
+def server_event(event: ConversationEvent) -> pb.ServerEvent:
+    match event:
+        case TurnAccepted():
+            return pb.ServerEvent(seq=event.seq, turn_accepted=_turn_accepted(event))
+        case Delta():
+            return pb.ServerEvent(seq=event.seq, delta=_delta(event))
+        case TurnDone():
+            return pb.ServerEvent(seq=event.seq, turn_done=_turn_done(event))
+        case TurnFailed():
+            error = error_message(event.error, turn_id=event.turn_id)
+            return pb.ServerEvent(
+                seq=event.seq, turn_failed=pb.TurnFailed(turn_id=event.turn_id, error=error)
+            )
+    raise errors.InvariantError(f"no message stands for {event!r}")
+
+
+def generate_event(event: TurnAccepted | Delta | TurnDone) -> pb.GenerateEvent:
+    match event:
+        case TurnAccepted():
+            return pb.GenerateEvent(accepted=_turn_accepted(event))
+        case Delta():
+            return pb.GenerateEvent(delta=_delta(event))
+        case TurnDone():
+            return pb.GenerateEvent(done=_turn_done(event))
+
+
+def conversation(record: ConversationRecord) -> pb.Conversation:
+    return pb.Conversation(
+        conversation_id=record.id,
+        system=record.system,
+        sampling=_sampling(record.sampling),
+        labels=record.labels,
+        created_at=record.created_at,
+        updated_at=record.updated_at,
+        num_turns=record.num_turns,
+        num_tokens=record.num_tokens,
+        fingerprint=record.fingerprint,
+    )
+
+
+def committed_turn(record: TurnRecord) -> pb.CommittedTurn:
+    return pb.CommittedTurn(
+        turn_id=record.turn_id,
+        number=record.number,
+        first_token=record.first_token,
+        messages=[pb.Message(role=m.role, content=m.content) for m in record.messages],
+        prompt_token_ids=record.prompt_ids,
+        reply=record.reply_text,
+        reply_token_ids=record.reply_ids,
+        finish_reason=_finish_reason(record.finish_reason),
+        matched_stop=record.matched_stop,
+        usage=pb.Usage(**asdict(record.usage)),
+        timing=pb.Timing(**asdict(record.timing)),
+        created_at=record.created_at,
+        history_rewritten=record.history_rewritten,
+    )
+
+
+def model_info(info: ModelInfo) -> pb.GetModelInfoResponse:
+    return pb.GetModelInfoResponse(
+        name=info.name,
+        version=info.version,
+        fingerprint=info.fingerprint,
+        architecture=info.architecture,
+        dtype=info.dtype,
+        device=info.device,
+        vocab_size=info.vocab_size,
+        eos_token_ids=info.eos_token_ids,
+        has_chat_template=info.has_chat_template,
+        limits=pb.Limits(**asdict(info.limits)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _given(message: ProtoMessage, field: str) -> Any:
+    """The value of an `optional` field, or None where it is not set."""
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _id(text: str, field: str) -> str:
+    if not text:
+        raise errors.InvalidRequest(f"{field} is empty; set it")
+    if len(text) > MAX_ID or not text.isprintable():
+        raise errors.InvalidRequest(
+            f"{field} must be at most {MAX_ID} printable characters; got {text[:MAX_ID]!r}"
+        )
+    return text
+
+
+def _seconds(message: ProtoMessage, field: str) -> float | None:
+    seconds: float | None = _given(message, field)
+    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+        raise errors.InvalidRequest(f"{field} is {seconds:g}; it must be a positive number of seconds")
+    return seconds
+
+
+def _messages(message: pb.Messages) -> tuple[Message, ...]:
+    return tuple(Message(m.role, m.content) for m in message.messages)
+
+
+def _sampling(params: SamplingParams) -> pb.Sampling:
+    return pb.Sampling(**{name: value for name, value in asdict(params).items() if value is not None})
+
+
+def _turn_accepted(event: TurnAccepted) -> pb.TurnAccepted:
+    return pb.TurnAccepted(
+        turn_id=event.turn_id, queue_position=event.queue_position, restarted=event.restarted
+    )
+
+
+def _delta(event: Delta) -> pb.Delta:
+    return pb.Delta(turn_id=event.turn_id, offset=event.offset, token_ids=event.token_ids, text=event.text)
+
+
+def _turn_done(event: TurnDone) -> pb.TurnDone:
+    return pb.TurnDone(
+        turn_id=event.turn_id,
+        finish_reason=_finish_reason(event.finish_reason),
+        matched_stop=event.matched_stop,
+        usage=pb.Usage(**asdict(event.usage)),
+        timing=pb.Timing(**asdict(event.timing)),
+        context_left=event.context_left,
+        committed_tokens=event.committed_tokens,
+        history_rewritten=event.history_rewritten,
+    )
+
+
+def _finish_reason(reason: FinishReason) -> pb.FinishReason:
+    return pb.FinishReason.Value(f"FINISH_REASON_{reason.name}")  # type: ignore[return-value]
