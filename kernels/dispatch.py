@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from kernels.native import Library, load
 from kernels.native.build import BuildError, InstructionSet, supported
 
@@ -32,6 +35,11 @@ def implementation() -> Implementation:
 def library() -> Library | None:
     """The native kernels, or None where torch runs in their place."""
     return (_override or _default()).library
+
+
+def covers(x: Tensor) -> bool:
+    """Whether the native kernels compute in x's dtype; torch takes the others."""
+    return x.dtype == torch.bfloat16 or x.dtype == torch.float32
 
 
 def describe() -> str:

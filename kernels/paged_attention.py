@@ -113,7 +113,7 @@ def paged_attention(
 
 
 def _native_covers(q: Tensor, kv: Tensor) -> bool:
-    return q.dtype in (torch.float32, torch.bfloat16) and q.shape[2] <= 256 and kv.shape[3] in (16, 32, 64)
+    return dispatch.covers(q) and q.shape[2] <= 256 and kv.shape[3] in (16, 32, 64)
 
 
 class _Plan:

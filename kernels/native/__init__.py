@@ -12,36 +12,58 @@ class AttentionArgs(ctypes.Structure):
     """struct attention of attention.c, where the fields are explained."""
 
     _fields_ = (
-        ("q_indptr", c_void_p),
-        ("first_pos", c_void_p),
-        ("block_tables", c_void_p),
-        ("segments", c_int64),
-        ("table_width", c_int64),
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("size", c_int64),
-        ("slots", c_int64),
-        ("block_stride", c_int64),
-        ("window", c_int64),
-        ("is_bf16", c_int64),
-        ("threads", c_int64),
+        *((name, c_void_p) for name in ("q_indptr", "first_pos", "block_tables")),
+        *((name, c_int64) for name in ("segments", "table_width", "heads", "kv_heads", "size", "slots")),
+        *((name, c_int64) for name in ("block_stride", "window", "is_bf16", "threads")),
         ("scale", c_float),
+    )
+
+
+class NormArgs(ctypes.Structure):
+    """struct norm of rowwise.c."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("rows", "size", "x_stride", "residual_stride", "is_bf16", "threads")),
+        ("eps", c_float),
+    )
+
+
+class RopeArgs(ctypes.Structure):
+    """struct rope of rowwise.c."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("positions", "slots")),
+        *((name, c_int64) for name in ("rows", "heads", "kv_heads", "size", "slots_per_block", "block_stride")),
+        *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "is_bf16", "threads")),
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """One loaded build."""
+    """One loaded build; tensors are passed as addresses."""
 
     isa: InstructionSet
     paged_attention: Any  # (AttentionArgs, q, kv, out, lse) -> 0, or -1 when memory runs out
+    rms_norm: Any  # (NormArgs, x, residual | None, weight, out, total | None)
+    silu_mul: Any  # (x, out, rows, size, stride, is_bf16, threads)
+    rope_kv_write: Any  # (RopeArgs, q, k, v, cos_sin, kv, out)
 
 
 def load(isa: InstructionSet) -> Library:
     """Builds if need be.  Raises BuildError or OSError."""
     functions = ctypes.CDLL(str(build(isa)))
     if not functions.permitted():
-        raise OSError(f"the kernel refuses {isa.title} registers to this process")
-    paged_attention = functions.paged_attention
-    paged_attention.argtypes, paged_attention.restype = [POINTER(AttentionArgs), *[c_void_p] * 4], c_int
-    return Library(isa, paged_attention)
+        raise OSError(f"the operating system keeps the {isa.title} registers from this process")
+
+    def function(name: str, result: Any, *arguments: Any) -> Any:
+        found = functions[name]
+        found.argtypes, found.restype = arguments, result
+        return found
+
+    return Library(
+        isa,
+        function("paged_attention", c_int, POINTER(AttentionArgs), *[c_void_p] * 4),
+        function("rms_norm", None, POINTER(NormArgs), *[c_void_p] * 5),
+        function("silu_mul", None, *[c_void_p] * 2, *[c_int64] * 5),
+        function("rope_kv_write", None, POINTER(RopeArgs), *[c_void_p] * 6),
+    )

@@ -352,7 +352,7 @@ static void finish(const struct attention *a, struct rows rows, const struct sta
     for (int r = 0; r < rows.count; r++) {
         int f = rows.first + r;
         int64_t at = (a->q_indptr[rows.segment] + f / group) * a->heads + rows.kv_head * group + f % group;
-        bool empty = state->largest[r] == -INFINITY;
+        bool empty = state->sum[r] == 0; /* a NaN that was attended is no empty row */
         lanes share = splat(empty ? 0 : 1 / state->sum[r]);
         lse[at] = empty ? -INFINITY : state->largest[r] * 0.693147181f + logf(state->sum[r]);
         for (int d = 0; d < size; d += VL)

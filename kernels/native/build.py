@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
-_SOURCES = ("attention.c",)
+_SOURCES = ("attention.c", "rowwise.c")
 _HEADERS = ("simd.h",)
 _FLAGS = ("-O3", "-std=gnu11", "-Wall", "-Wextra", "-Wno-sign-compare", "-fPIC", "-fopenmp", "-fno-math-errno")
 _SAME_BITS = ("-ffp-contract=off",)  # products are fused where the source says so, never where the compiler likes

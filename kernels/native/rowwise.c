@@ -1,0 +1,107 @@
+/* The operations on single rows: kernels/{rms_norm,silu_mul,rope}.py have the contracts and the references.
+ *
+ * Every row is computed by itself in one fixed order, so its bits do not depend on how many rows there are.  Strides are
+ * in elements, `is_bf16` says what they are; arithmetic is fp32.
+ */
+#include "simd.h"
+
+INLINE int smaller(int a, int b) { return a < b ? a : b; }
+INLINE const void *at(const void *p, int64_t element, int is_bf16) { return (const char *)p + element * (is_bf16 ? 2 : 4); }
+INLINE void *to(void *p, int64_t element, int is_bf16) { return (char *)p + element * (is_bf16 ? 2 : 4); }
+INLINE lanes rounded(lanes x, int is_bf16) { return is_bf16 ? (lanes)(bf16_bits(x) << 16) : x; }
+
+enum { WORTH_A_THREAD = 1 << 15 }; /* elements: below this, waking threads costs more than they save */
+
+struct norm { /* mirrored by kernels/native/__init__.py */
+    int64_t rows, size, x_stride, residual_stride, is_bf16, threads;
+    float eps;
+};
+
+INLINE void norm_row(const int is_bf16, int size, float eps, const void *x, const void *residual, const void *weight, void *out,
+                     void *total) {
+    lanes squares[4] = {splat(0), splat(0), splat(0), splat(0)};
+    for (int d = 0; d < size; d += VL) {
+        int n = smaller(VL, size - d);
+        lanes v = load_as_float(at(x, d, is_bf16), n, is_bf16);
+        if (residual) {
+            v = rounded(v + load_as_float(at(residual, d, is_bf16), n, is_bf16), is_bf16);
+            store_as(to(total, d, is_bf16), v, n, is_bf16);
+        }
+        squares[d / VL % 4] = fma_(v, v, squares[d / VL % 4]);
+    }
+    float mean = sum_of((squares[0] + squares[1]) + (squares[2] + squares[3])) / size;
+    lanes scale = splat(1 / sqrtf(mean + eps));
+    const void *from = residual ? total : x;
+    for (int d = 0; d < size; d += VL) {
+        int n = smaller(VL, size - d);
+        lanes v = rounded(load_as_float(at(from, d, is_bf16), n, is_bf16) * scale, is_bf16);
+        store_as(to(out, d, is_bf16), v * load_as_float(at(weight, d, is_bf16), n, is_bf16), n, is_bf16);
+    }
+}
+
+/* out = rms_norm(x) * weight; with a residual, total = x + residual takes the place of x. */
+void rms_norm(const struct norm *a, const void *x, const void *residual, const void *weight, void *out, void *total) {
+#pragma omp parallel for num_threads(a->threads) if (a->threads > 1 && a->rows * a->size > WORTH_A_THREAD)
+    for (int64_t t = 0; t < a->rows; t++) {
+        const void *row = at(x, t * a->x_stride, a->is_bf16);
+        const void *add = residual ? at(residual, t * a->residual_stride, a->is_bf16) : 0;
+        void *result = to(out, t * a->size, a->is_bf16), *sum = to(total, t * a->size, a->is_bf16);
+        if (a->is_bf16) norm_row(1, a->size, a->eps, row, add, weight, result, sum);
+        else norm_row(0, a->size, a->eps, row, add, weight, result, sum);
+    }
+}
+
+INLINE lanes silu(lanes x) {
+    lanes power = x * -1.44269504f;
+    power = choose((bits)(power > splat(126)), splat(126), power); /* 2^126 already makes the quotient vanish */
+    return x / (1 + exp2_(power));
+}
+
+/* out [rows, size] = silu(x[:, :size]) * x[:, size:]. */
+void silu_mul(const void *x, void *out, int64_t rows, int64_t size, int64_t stride, int64_t is_bf16, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * size > WORTH_A_THREAD)
+    for (int64_t t = 0; t < rows; t++) {
+        const void *gate = at(x, t * stride, is_bf16), *up = at(x, t * stride + size, is_bf16);
+        void *row = to(out, t * size, is_bf16);
+        for (int d = 0; d < size; d += VL) {
+            int n = smaller(VL, size - d);
+            lanes g = load_as_float(at(gate, d, is_bf16), n, is_bf16), u = load_as_float(at(up, d, is_bf16), n, is_bf16);
+            store_as(to(row, d, is_bf16), silu(g) * u, n, is_bf16);
+        }
+    }
+}
+
+struct rope { /* mirrored by kernels/native/__init__.py */
+    const int64_t *positions, *slots;
+    int64_t rows, heads, kv_heads, size, slots_per_block, block_stride;
+    int64_t q_stride, k_stride, v_stride, is_bf16, threads;
+};
+
+INLINE void rotate(const int is_bf16, int half, const void *x, const float *cos_sin, void *out) {
+    for (int d = 0; d < half; d += VL) {
+        int n = smaller(VL, half - d);
+        lanes first = load_as_float(at(x, d, is_bf16), n, is_bf16), second = load_as_float(at(x, half + d, is_bf16), n, is_bf16);
+        lanes cos = load_as_float(cos_sin + d, n, 0), sin = load_as_float(cos_sin + half + d, n, 0);
+        store_as(to(out, d, is_bf16), fma_(first, cos, -(second * sin)), n, is_bf16);
+        store_as(to(out, half + d, is_bf16), fma_(second, cos, first * sin), n, is_bf16);
+    }
+}
+
+/* q [T, H, D] rotated into out; k rotated and v copied into their slots of kv [B, 2, G, P, D]. */
+void rope_kv_write(const struct rope *a, const void *q, const void *k, const void *v, const float *cos_sin, void *kv, void *out) {
+    int64_t half = a->size / 2, per_block = a->slots_per_block * a->size, width = a->is_bf16 ? 2 : 4;
+#pragma omp parallel for num_threads(a->threads) if (a->threads > 1 && a->rows * a->heads * a->size > WORTH_A_THREAD)
+    for (int64_t t = 0; t < a->rows; t++) {
+        const float *turn = cos_sin + a->positions[t] * a->size;
+        for (int64_t h = 0; h < a->heads; h++)
+            rotate(a->is_bf16, half, at(q, t * a->q_stride + h * a->size, a->is_bf16), turn,
+                   to(out, (t * a->heads + h) * a->size, a->is_bf16));
+        if (a->slots[t] < 0) continue;
+        int64_t slot = a->slots[t] / a->slots_per_block * a->block_stride + a->slots[t] % a->slots_per_block * a->size;
+        for (int64_t g = 0; g < a->kv_heads; g++, slot += per_block) {
+            rotate(a->is_bf16, half, at(k, t * a->k_stride + g * a->size, a->is_bf16), turn, to(kv, slot, a->is_bf16));
+            __builtin_memcpy(to(kv, slot + a->kv_heads * per_block, a->is_bf16),
+                             at(v, t * a->v_stride + g * a->size, a->is_bf16), a->size * width);
+        }
+    }
+}
