@@ -56,20 +56,18 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """One step.  ids: [T] int64; kv: [B, 2, G, P, D] in `dtype` for each layer, written at meta.slots.
+        """One step.  ids: [T >= 1] int64; kv: [B, 2, G, P, D] in `dtype` per layer, written at meta.slots.
 
-        Returns logits [R, V] fp32 of `rows`: [R] int64, indices into the step.  All K and V of a layer are
+        Returns logits [R, V] fp32 of `rows`: [R >= 0] int64, indices into the step.  All K and V of a layer are
         written before its attention, so segments of one conversation may attend to each other.
         """
-        if not len(ids):
-            return torch.empty(0, self.config.vocab_size)
         eps, last = self.config.norm_eps, self._layers[-1]
         cos_sin = self._rope.upto(int(meta.positions.max()) + 1)
         residual = self._embedding.index_select(0, ids).to(self.dtype)
         x = rms_norm(residual, self._layers[0].attention_norm, eps)
         for layer, layer_kv, next_norm in zip(self._layers, kv, self._next_norms, strict=True):
             x = self._attend(layer, x, layer_kv, meta, cos_sin)
-            if layer is last:  # the other rows have left their K and V, and nothing else of them is needed
+            if layer is last:  # the other rows have left their K and V; nothing else of them is needed
                 x, residual = x.index_select(0, rows), residual.index_select(0, rows)
             x, residual = add_rms_norm(layer.attention_out(x), residual, layer.mlp_norm, eps)
             x = layer.down(silu_mul(layer.gate_up(x)))
@@ -78,14 +76,14 @@ class Decoder:
 
     def _attend(self, layer: Layer, x: Tensor, kv: Tensor, meta: AttnMeta, cos_sin: Tensor) -> Tensor:
         """x: [T, N] -> [T, H * D]."""
-        heads = layer.qkv(x).view(len(x), -1, self.config.head_dim)
-        q, k, v = torch.split(heads, self._heads, dim=1)
+        heads = layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)
+        q, k, v = heads.split_with_sizes(self._heads, dim=1)  # half the cost of torch.split
         if layer.q_norm is not None and layer.k_norm is not None:
             q = _norm_heads(q, layer.q_norm, self.config.norm_eps)
             k = _norm_heads(k, layer.k_norm, self.config.norm_eps)
         q = rope_kv_write(q, k, v, cos_sin, kv, meta)
         out, _ = paged_attention(q, kv, meta, self._scale)
-        return out.view(len(x), -1)
+        return out.view(x.shape[0], -1)
 
 
 def _norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -61,6 +61,18 @@ def test_shards_and_one_file_hold_the_same_model(folder: Path) -> None:
     assert torch.equal(logits(folder), expected)
 
 
+def test_weights_convert_to_the_same_values_wherever_it_is_done(tmp_path: Path) -> None:
+    wide, narrow = tmp_path / "wide", tmp_path / "narrow"
+    for folder in (wide, narrow):
+        tiny_checkpoint("qwen2", folder, torch.float32 if folder is wide else torch.bfloat16)
+    assert load_file(wide / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+    by_us, by_transformers = (
+        PagedHarness(load_model(folder, torch.bfloat16)).step(Run(0, 0, [1, 2, 3]))
+        for folder in (wide, narrow)
+    )
+    assert torch.equal(by_us, by_transformers)
+
+
 def test_known_left_overs_of_older_tools_are_harmless(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -1,6 +1,8 @@
 """config.json and generation_config.json: what is read from them, and how what cannot work is refused."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,3 +210,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(ModelFolderError, match=message):
             ModelConfig.from_dir(tmp_path)
+
+
+def test_reading_a_config_needs_no_torch() -> None:
+    code = "import sys, engine.models, engine.models.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
