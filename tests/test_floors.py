@@ -198,7 +198,7 @@ def test_what_serving_imports_is_declared_and_what_is_declared_is_imported():
         ("engine", {"torch", "numpy", "tokenizers"}),
         ("engine.scheduler", {"torch", "asyncio"}),
         ("engine.cache", {"torch", "asyncio"}),
-        ("rpc.client", {"torch", "engine", "kernels", "numpy", "tokenizers"}),
+        ("rpc.client", {"torch", "engine", "kernels", "numpy", "tokenizers", "google.rpc"}),
         ("tools.cli", {"torch"}),
     ],
 )
