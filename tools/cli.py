@@ -1,0 +1,237 @@
+"""The command line: declares arguments, reads the environment, and hands both to the command's own module.
+
+Nothing heavy is imported before the arguments are known to be right, and nobody else reads the environment.
+A command is a module with `run(chosen) -> exit code` and `EXPECTED`, errors that are told in one line; those of its
+`USAGE` end with 2, the others with 1.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kernels import __version__
+from tools.arguments import BUNDLED_MODEL, memory, model_folder, positive, seconds, some_text, token_ids
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0 success, 1 failure, 2 wrong usage."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        _use_environment(chosen)
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    command = import_module(f"tools.{chosen.command}")
+    try:
+        return int(command.run(chosen))
+    except command.EXPECTED as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, command.USAGE) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 1
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="continuo",
+        description="Serves conversations whose state stays between turns, over gRPC.",
+        epilog="continuo COMMAND --help says more.",
+    )
+    parser.add_argument("--version", action="version", version=f"continuo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _declare_serve(commands.add_parser)
+    _declare_chat(commands.add_parser)
+    _declare_generate(commands.add_parser)
+    return parser
+
+
+def _declare_serve(add_command: Callable[..., Parser]) -> None:
+    parser = add_command(
+        "serve",
+        help="serve a model over gRPC",
+        description="Serves a model over gRPC until Ctrl-C or SIGTERM, which drain; a second ends it.",
+        epilog="stdout says 'listening on HOST:PORT' when ready. Exit: 0 drained, 1 failure, 2 wrong usage.",
+    )
+    _declare_model(parser)
+    _declare_engine(parser)
+
+    add = parser.add_argument_group("load").add_argument
+    add(
+        "--max-step-tokens",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="computed at once; longer prompts take several steps (512)",
+    )
+    add("--max-concurrent", type=positive, default=32, metavar="N", help="turns computed at once (32)")
+    add("--max-queue", type=positive, default=256, metavar="N", help="turns that may wait (256)")
+    add("--stateless", action="store_true", help="give the KV cache up after every turn, to compare")
+
+    _declare_data_dir(parser.add_argument_group("state").add_argument)
+
+    add = parser.add_argument_group(
+        "exposure", "Any address but loopback needs tokens and TLS, or --insecure."
+    ).add_argument
+    add(
+        "--listen",
+        default=DEFAULT_ADDRESS,
+        metavar="HOST:PORT",
+        help=f"port 0 = any free one ({DEFAULT_ADDRESS})",
+    )
+    add("--token-file", type=Path, metavar="FILE", help="who may call: lines 'tenant token [admin]'")
+    add("--tls-cert", type=Path, metavar="FILE", help="certificate chain, PEM")
+    add("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
+    add("--insecure", action="store_true", help="accept the risk of no tokens or no TLS")
+
+    add = parser.add_argument_group("operation").add_argument
+    add(
+        "--drain-grace",
+        type=seconds,
+        default=30.0,
+        metavar="S",
+        help="seconds that running turns may go on when draining (30)",
+    )
+    add(
+        "--until-eof",
+        action="store_true",
+        help="drain when stdin ends; for programs that start a server of their own",
+    )
+    add(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="what goes to stderr (info)",
+    )
+    add("--log-json", action="store_true", help="one JSON object per line on stderr")
+
+
+def _declare_chat(add_command: Callable[..., Parser]) -> None:
+    parser = add_command(
+        "chat",
+        help="talk to a model in the terminal",
+        description="Talks to a server; with MODEL, to one that is started for this chat and ends with it. "
+        "Ctrl-C cancels a reply, Ctrl-D ends the chat. Piped, it answers line by line.",
+    )
+    add = parser.add_argument
+    where = parser.add_mutually_exclusive_group().add_argument
+    where(
+        "model",
+        nargs="?",
+        type=model_folder,
+        metavar="MODEL",
+        help="a folder in Hugging Face format, to be served for this chat",
+    )
+    where("--server", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help=f"that listens ({DEFAULT_ADDRESS})")
+    add("--conversation", type=some_text, metavar="ID", help="go on with this conversation")
+    add("--system", type=some_text, metavar="TEXT", help="system message of a new conversation")
+    add("--token-file", type=Path, metavar="FILE", help="holds your bearer token, and nothing else")
+    add("--tls-ca", type=Path, metavar="FILE", help="use TLS and trust this certificate authority (PEM)")
+    _declare_data_dir(parser.add_argument)
+
+
+def _declare_generate(add_command: Callable[..., Parser]) -> None:
+    parser = add_command(
+        "generate",
+        help="continue one prompt, without a server",
+        description="Continues one prompt in this process, and prints the continuation as it comes.",
+    )
+    _declare_model(parser)
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--prompt", type=some_text, metavar="TEXT", help="as it is, without a chat template")
+    add("--tokens", type=token_ids, metavar="[1,2,3]", help="token ids")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one line of JSON instead: token_ids, text, finish_reason, usage",
+    )
+
+    add = parser.add_argument_group(
+        "sampling", "What is not given is as the model's makers recommend it, else greedy."
+    ).add_argument
+    add("--max-new-tokens", type=int, metavar="N", help="(until the model ends or the context is full)")
+    add("--temperature", type=float, metavar="X", help="0 = greedy")
+    add("--top-k", type=int, metavar="N", help="0 = off")
+    add("--top-p", type=float, metavar="X", help="1 = off")
+    add("--min-p", type=float, metavar="X", help="0 = off")
+    add("--seed", type=int, metavar="N", help="the same seed gives the same continuation")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+    add("--ignore-eos", action="store_true", default=None, help="go on where the model would end")
+    _declare_engine(parser)
+
+
+def _declare_model(parser: Parser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=model_folder,
+        metavar="MODEL",
+        help="a folder in Hugging Face format (the bundled demo model)",
+    )
+
+
+def _declare_engine(parser: Parser) -> None:
+    group = parser.add_argument_group("engine")
+    add = group.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: bfloat16 where the CPU computes in it, else float32; the bundled model is always float32",
+    )
+    add("--threads", type=positive, metavar="N", help="that compute (OMP_NUM_THREADS, else all cores)")
+    add("--block-size", type=int, default=32, metavar="N", help="tokens per KV block: 16, 32 or 64 (32)")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--device-kv-tokens", type=positive, metavar="N", help="size of the KV cache (by free memory)")
+    add("--device-kv-memory", type=memory, metavar="4GiB", help="the same in bytes")
+
+
+def _declare_data_dir(add: Callable[..., Any]) -> None:
+    add(
+        "--data-dir",
+        metavar="DIR|none",
+        help="where conversations are kept (${XDG_STATE_HOME:-~/.local/state}/continuo); "
+        "none: they end with the process",
+    )
+
+
+def _use_environment(chosen: argparse.Namespace) -> None:
+    """Fills in what the environment decides, and sets what OpenMP reads when torch is imported."""
+    if "data_dir" in chosen:
+        chosen.data_dir = _data_dir(chosen.data_dir)
+    if "threads" in chosen:
+        chosen.model = chosen.model or model_folder(str(BUNDLED_MODEL))
+        if chosen.dtype == "auto" and chosen.model.resolve() == BUNDLED_MODEL:
+            chosen.dtype = "float32"  # its every token is the same however the KV came about
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        if chosen.threads is None and threads.isdecimal():
+            chosen.threads = int(threads) or None
+    if chosen.command == "serve":
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # an idle server leaves the cores to others
+
+
+def _data_dir(text: str | None) -> Path | None:
+    if text == "none":
+        return None
+    if text is not None:
+        return Path(text).expanduser().absolute()
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (state if state.is_absolute() else Path.home() / ".local" / "state") / "continuo"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""`continuo serve`: an engine behind a port, until it is drained."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+
+from engine import AsyncEngine, EngineConfig, load_engine
+from engine.errors import ConfigError, EngineError
+from rpc.listen import ServerOptions, check_exposure
+from rpc.server import serve
+from tools import logs
+
+log = logging.getLogger(__name__)
+
+EXPECTED: tuple[type[Exception], ...] = (EngineError,)
+USAGE: tuple[type[Exception], ...] = (ConfigError,)
+SUMMARY_INTERVAL_S = 10.0
+
+
+def engine_config(chosen: Namespace) -> EngineConfig:
+    """The engine that these arguments of `serve` ask for.  Raises ConfigError."""
+    return EngineConfig(
+        model=chosen.model,
+        device=chosen.device,
+        dtype=chosen.dtype,
+        block_size=chosen.block_size,
+        device_kv_tokens=chosen.device_kv_tokens,
+        device_kv_bytes=chosen.device_kv_memory,
+        max_step_tokens=chosen.max_step_tokens,
+        max_concurrent=chosen.max_concurrent,
+        max_queue=chosen.max_queue,
+        data_dir=chosen.data_dir,
+        stateless=chosen.stateless,
+        threads=chosen.threads,
+    )
+
+
+def run(chosen: Namespace) -> int:
+    logs.configure(chosen.log_level, chosen.log_json)
+    options = ServerOptions(
+        listen=chosen.listen,
+        token_file=chosen.token_file,
+        tls_cert=chosen.tls_cert,
+        tls_key=chosen.tls_key,
+        insecure=chosen.insecure,
+        drain_grace_s=chosen.drain_grace,
+    )
+    check_exposure(options)  # before the model takes its time to load
+    engine = load_engine(engine_config(chosen))
+    *lines, kernels_line = engine.description
+    for line in (*lines, access_line(options), kernels_line):
+        log.info("%s", line)
+    with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
+        return runner.run(_serve(engine, options, until_eof=chosen.until_eof))
+
+
+def access_line(options: ServerOptions) -> str:
+    """Who may call and who may listen in: the banner's line about exposure."""
+    if options.token_file is not None:
+        who = f"tokens of {options.token_file}"
+    else:
+        who = "no tokens: every caller is the tenant local"
+    return f"{who} | TLS {'on' if options.tls_cert else 'off'}"
+
+
+async def _serve(engine: AsyncEngine, options: ServerOptions, until_eof: bool) -> int:
+    async with engine:
+        if until_eof:
+            _drain_at_eof()
+        reporting = asyncio.create_task(_report(engine))
+        try:
+            return await serve(engine, options, lambda address: print(f"listening on {address}", flush=True))
+        finally:
+            reporting.cancel()
+
+
+async def _report(engine: AsyncEngine) -> None:
+    """One line per interval in which something was computed."""
+    clock = asyncio.get_running_loop().time
+    while True:
+        before, begin = engine.statistics.snapshot(), clock()
+        await asyncio.sleep(SUMMARY_INTERVAL_S)
+        if (line := engine.summary(before, clock() - begin)) is not None:
+            log.info("%s", line)
+
+
+def _drain_at_eof() -> None:
+    """Drains when stdin ends, as it does when the process at its other end is gone, however that ended."""
+    loop, stdin = asyncio.get_running_loop(), sys.stdin.fileno()
+
+    def read() -> None:
+        if not os.read(stdin, 4096):
+            loop.remove_reader(stdin)
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        loop.add_reader(stdin, read)
+    except OSError as error:
+        raise ConfigError("--until-eof needs a pipe or a terminal on stdin") from error
+
+
+def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not made for every platform
+        return None
+    return uvloop.new_event_loop
