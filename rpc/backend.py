@@ -64,9 +64,6 @@ class Attachment(Protocol):
 
 
 class Backend(Protocol):
-    @property
-    def draining(self) -> bool: ...
-
     async def open(self, tenant: Tenant, request: OpenRequest) -> Attachment: ...
 
     async def resume(self, tenant: Tenant, request: ResumeRequest) -> Attachment: ...

@@ -219,7 +219,7 @@ class Chat:
         if not isinstance(event, pb.ServerEvent):
             self._hang_up()
             raise Unavailable("the server ended the stream")
-        self._last_seq = event.seq or self._last_seq
+        self._last_seq = max(self._last_seq, event.seq)
         return event
 
     def _lost(self, error: grpc.aio.AioRpcError) -> NoReturn:

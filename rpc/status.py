@@ -4,6 +4,7 @@ The same `Error` message travels as an event where the stream goes on, and in th
 where the call ends; there the standard google.rpc details stand beside it, for tools that know those.
 """
 
+import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
@@ -35,6 +36,7 @@ STATUS: dict[type[errors.EngineError], grpc.StatusCode] = {
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Draining: grpc.StatusCode.UNAVAILABLE,
     errors.AttachmentTaken: grpc.StatusCode.ABORTED,
+    errors.TurnCancelled: grpc.StatusCode.CANCELLED,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -89,6 +91,9 @@ class Answering:
     async def __aenter__(self) -> None: ...
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, grpc.aio.InternalError):
+            # A write failed: the client is gone.  A handler that waits is cancelled then, so let this one be, too.
+            raise asyncio.CancelledError from error
         if isinstance(error, DecodeError):
             error = errors.InvalidRequest(f"the message does not follow continuo.proto: {error}")
         if isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):

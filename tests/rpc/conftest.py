@@ -1,11 +1,14 @@
-"""A real server on a free port over a scripted engine, and a real client."""
+"""A real server on a free port over a scripted engine; a real client; a bare stream for what a client never does."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import grpc
 import pytest
 
+from rpc._generated import continuo_pb2 as pb
+from rpc._generated import continuo_pb2_grpc as pb_grpc
 from rpc.client import ContinuoClient
 from rpc.listen import ServerOptions
 from rpc.server import Server
@@ -21,6 +24,50 @@ async def running(engine: FakeEngine, **options: Any) -> AsyncIterator[Server]:
     finally:
         server.hurry()
         await server.stop()
+
+
+class Wire:
+    """A `Converse` call without any manners: sends what it is given, returns what comes."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+
+    async def send(self, client_seq: int = 0, **event: Any) -> None:
+        await self.call.write(pb.ClientEvent(client_seq=client_seq, **event))
+
+    async def next(self) -> pb.ServerEvent:
+        event = await self.call.read()
+        assert event is not grpc.aio.EOF, "the server ended the stream"
+        return event
+
+    async def until(self, kind: str) -> list[pb.ServerEvent]:
+        """All events up to the first of `kind`, which is the last of them."""
+        events = [await self.next()]
+        while events[-1].WhichOneof("event") != kind:
+            events.append(await self.next())
+        return events
+
+    async def open(self, **fields: Any) -> pb.Attached:
+        await self.send(open=pb.Open(**fields))
+        return (await self.next()).opened
+
+    async def resume(self, id: str, **fields: Any) -> pb.Attached:
+        await self.send(resume=pb.Resume(conversation_id=id, **fields))
+        return (await self.next()).resumed
+
+    async def say(self, text: str, turn_id: str = "t-1", client_seq: int = 0) -> None:
+        await self.send(client_seq, turn=pb.Turn(turn_id=turn_id, text=text))
+
+    async def status(self) -> grpc.aio.AioRpcError:
+        """How the call fails, after whatever still comes."""
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            while await self.call.read() is not grpc.aio.EOF:
+                pass
+        return failure.value
+
+    async def ends_well(self) -> None:
+        assert await self.call.read() is grpc.aio.EOF
+        assert await self.call.code() is grpc.StatusCode.OK
 
 
 @pytest.fixture
@@ -39,3 +86,19 @@ async def server(engine: FakeEngine) -> AsyncIterator[Server]:
 async def client(server: Server) -> AsyncIterator[ContinuoClient]:
     async with ContinuoClient(server.address, jitter=lambda: 0.0) as client:
         yield client
+
+
+@pytest.fixture
+async def channel(server: Server) -> AsyncIterator[grpc.aio.Channel]:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield channel
+
+
+@pytest.fixture
+def conversations(channel: grpc.aio.Channel) -> Any:
+    return pb_grpc.ConversationsStub(channel)
+
+
+@pytest.fixture
+def wire(conversations: Any) -> Wire:
+    return Wire(conversations.Converse())

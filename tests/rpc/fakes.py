@@ -1,4 +1,4 @@
-"""A scripted engine: it answers "You said: ..." one character (= one token) at a time, and waits where told.
+"""A scripted engine: it answers "You said: ..." one letter (= one token) at a time, and waits where told.
 
 It keeps the promises of `rpc.backend`, so the wire can be tested without a model; nothing here touches torch.
 """
@@ -76,6 +76,7 @@ class FakeAttachment:
         self.context_left = CONTEXT - self.committed_tokens
         self.last_seq = conversation.seq
         self.taken_seq = after_seq
+        self.num_taken = 0  # events that the stream took
         self.ended: errors.EngineError | None = None
         self.closed = False
         self.detached = False
@@ -93,6 +94,7 @@ class FakeAttachment:
                     ids, text = event.token_ids + following.token_ids, event.text + following.text
                     event, count = replace(event, seq=following.seq, token_ids=ids, text=text), count + 1
                 self.taken_seq = event.seq
+                self.num_taken += 1
                 yield event
             elif self.ended is not None:
                 raise self.ended
@@ -127,10 +129,10 @@ class FakeAttachment:
             self.engine.start(here, request, restarted=known is not None)
 
     async def cancel(self, turn_id: TurnId, keep: bool) -> None:
+        if any(turn.turn_id == turn_id for turn in self.conversation.turns):
+            return  # over already
         if self.conversation.running_id != turn_id:
-            raise errors.Conflict(
-                f"turn {turn_id} is not in flight in {self.conversation_id}; nothing to cancel"
-            )
+            raise errors.NotFound(f"turn {turn_id} is not in flight in {self.conversation_id}")
         self.conversation.discard = not keep
         self.engine.stop_turn(self.conversation, FinishReason.CANCELLED)
 
@@ -160,22 +162,23 @@ class FakeAttachment:
 
 
 class FakeEngine:
-    """`hold_after`: every turn waits there, after so many tokens of its reply, until `release()`."""
+    """After `hold(n)` every reply waits behind its n-th token until `release()`."""
 
-    def __init__(self, hold_after: int | None = None, detach_grace_s: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.draining = False
-        self.detach_grace_s = detach_grace_s
+        self.detach_grace_s = 0.0
+        self.letters_per_token = 1  # more of them make a reply that fills every buffer on the way
         self.detached = asyncio.Event()  # some stream went away
-        self.holding = asyncio.Event()  # some turn waits at `hold_after`
+        self.holding = asyncio.Event()  # some reply waits
         self.generation_ended = asyncio.Event()
-        self.refuse: errors.EngineError | None = None  # what every turn is answered with
+        self.refuse: Exception | None = None  # what every turn is answered with
         self.fail_with: Exception | None = None  # what every turn fails with once it is accepted
         self.failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self.seen: list[object] = []
         self.tenants: list[Tenant] = []
         self.conversations: dict[tuple[Tenant, ConversationId], FakeConversation] = {}
         self.tasks: set[asyncio.Task[None]] = set()
-        self._hold_after = hold_after
+        self._hold_after: int | None = None
         self._released = asyncio.Event()
 
     async def __aenter__(self) -> "FakeEngine":
@@ -185,6 +188,11 @@ class FakeEngine:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    def hold(self, num_tokens: int) -> None:
+        self._hold_after = num_tokens
+        self._released.clear()
+        self.holding.clear()
 
     def release(self) -> None:
         self._hold_after = None
@@ -350,11 +358,16 @@ class FakeEngine:
                 return
             offset = len(reply)
             reply.append(token_id)
-            letter = chr(token_id)
+            letter = chr(token_id) * self.letters_per_token
             conversation.emit(
                 partial(Delta, turn_id=request.turn_id, offset=offset, token_ids=(token_id,), text=letter)
             )
             await asyncio.sleep(0)
+        if conversation.discard:
+            cancelled = errors.TurnCancelled(f"turn {request.turn_id} was cancelled and discarded")
+            conversation.running = conversation.running_id = None
+            conversation.emit(partial(TurnFailed, turn_id=request.turn_id, error=cancelled))
+            return
         history = conversation.committed_tokens()
         record = TurnRecord(
             turn_id=request.turn_id,
@@ -372,8 +385,7 @@ class FakeEngine:
             done_seq=conversation.seq + 1,
             digest=b"",
         )
-        if not conversation.discard:
-            conversation.turns.append(record)
+        conversation.turns.append(record)
         conversation.running = conversation.running_id = None
         conversation.emit(lambda seq: self._done(seq, conversation, record))
 
