@@ -56,10 +56,10 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """One step.  ids: [T >= 1] int64; kv: [B, 2, G, P, D] in `dtype` per layer, written at meta.slots.
+        """One step.  ids: [T >= 1] int64; kv: [B, 2, G, P, D] in `dtype` per layer, written to at meta.slots.
 
-        Returns logits [R, V] fp32 of `rows`: [R >= 0] int64, indices into the step.  All K and V of a layer are
-        written before its attention, so segments of one conversation may attend to each other.
+        Returns logits [R, V] fp32 of `rows`: [R >= 0] int64, indices into the step.  All K and V of a layer
+        are written before its attention, so segments of one conversation may attend to each other.
         """
         eps, last = self.config.norm_eps, self._layers[-1]
         cos_sin = self._rope.upto(int(meta.positions.max()) + 1)
@@ -79,13 +79,8 @@ class Decoder:
         heads = layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)
         q, k, v = heads.split_with_sizes(self._heads, dim=1)  # half the cost of torch.split
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = _norm_heads(q, layer.q_norm, self.config.norm_eps)
-            k = _norm_heads(k, layer.k_norm, self.config.norm_eps)
+            q = rms_norm(q, layer.q_norm, self.config.norm_eps)
+            k = rms_norm(k, layer.k_norm, self.config.norm_eps)
         q = rope_kv_write(q, k, v, cos_sin, kv, meta)
         out, _ = paged_attention(q, kv, meta, self._scale)
         return out.view(x.shape[0], -1)
-
-
-def _norm_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x: [T, X, D], each head normalised by itself."""
-    return rms_norm(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
