@@ -1,0 +1,126 @@
+"""The sampler reads resolved parameters, holds back what would end a reply too early, and knows the end."""
+
+import pytest
+import torch
+
+from engine.errors import InvalidRequest
+from engine.sampler import RowParams, Sampler, stop_reason
+from engine.types import FinishReason, SamplingParams
+
+EOS = frozenset({0, 7})
+VOCAB = 12
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@pytest.fixture
+def sampler() -> Sampler:
+    return Sampler(VOCAB, EOS)
+
+
+def row(
+    params: SamplingParams = GREEDY, seed: int = 1, position: int = 0, num_generated: int = 0
+) -> RowParams:
+    return RowParams(params, seed, position, num_generated)
+
+
+def falling_from(first: int) -> torch.Tensor:
+    """Logits whose greedy choice is `first`, then the next id, and so on around.  [VOCAB]"""
+    return -torch.arange(VOCAB).roll(first).float()
+
+
+def test_rows_of_all_kinds_share_a_call(sampler: Sampler) -> None:
+    logits = torch.stack([falling_from(3), falling_from(5), falling_from(9)])
+    cold = SamplingParams(temperature=1e-6, top_p=0.9)
+    one = SamplingParams(temperature=5.0, top_k=1)
+    assert sampler.sample(logits, [row(), row(cold), row(one)]) == [3, 5, 9]
+    assert sampler.sample(logits, [row(), row(), row(SamplingParams())]) == [3, 5, 9]
+
+
+def test_a_drawn_token_is_a_function_of_seed_and_position(sampler: Sampler) -> None:
+    hot = SamplingParams(temperature=100.0)
+    logits = torch.randn(1, VOCAB)
+
+    def reply(seed: int) -> list[int]:
+        return [sampler.sample(logits, [row(hot, seed=seed, position=at)])[0] for at in range(40)]
+
+    assert reply(1) == reply(1) != reply(2)
+    together = sampler.sample(
+        logits.expand(41, -1), [row(), *(row(hot, seed=1, position=at) for at in range(40))]
+    )
+    assert together[1:] == reply(1)
+    assert len(set(reply(1))) > 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+def test_nothing_stops_a_reply_before_min_tokens(sampler: Sampler, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, min_tokens=2, stop_token_ids=(8,))
+    logits = falling_from(7).repeat(3, 1)
+    ids = sampler.sample(logits, [row(params, num_generated=n) for n in range(3)])
+    assert ids == [9, 9, 7]  # 7 is eos, 8 a stop token
+    assert torch.equal(logits[2], falling_from(7))
+
+
+def test_logits_made_in_inference_mode_can_be_masked(sampler: Sampler) -> None:
+    with torch.inference_mode():
+        logits = falling_from(7)[None].clone()
+    assert sampler.sample(logits, [row(SamplingParams(min_tokens=1, temperature=1e-6, top_p=0.9))]) == [8]
+
+
+def test_an_eos_that_is_ignored_is_not_held_back(sampler: Sampler) -> None:
+    params = SamplingParams(temperature=0.0, min_tokens=2, ignore_eos=True, stop_token_ids=(8,))
+    assert sampler.sample(falling_from(7)[None], [row(params)]) == [7]
+    assert sampler.sample(falling_from(8)[None], [row(params)]) == [9]
+
+
+def test_logits_stay_untouched_where_nothing_is_held_back(sampler: Sampler) -> None:
+    logits = torch.randn(2, VOCAB)
+    before = logits.clone()
+    sampler.sample(
+        logits, [row(SamplingParams(min_tokens=2), num_generated=2), row(SamplingParams(temperature=1.0))]
+    )
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize(
+    ("token", "num_generated", "params", "reason"),
+    [
+        (3, 1, SamplingParams(), None),
+        (7, 1, SamplingParams(), FinishReason.STOP_TOKEN),
+        (7, 1, SamplingParams(ignore_eos=True), None),
+        (3, 1, SamplingParams(stop_token_ids=(3, 4)), FinishReason.STOP_TOKEN),
+        (7, 1, SamplingParams(ignore_eos=True, stop_token_ids=(7,)), FinishReason.STOP_TOKEN),
+        (3, 4, SamplingParams(max_tokens=5), None),
+        (3, 5, SamplingParams(max_tokens=5), FinishReason.LENGTH),
+        (7, 5, SamplingParams(max_tokens=5), FinishReason.STOP_TOKEN),
+    ],
+)
+def test_a_reply_ends_for_the_reason_that_applies_first(
+    token: int, num_generated: int, params: SamplingParams, reason: FinishReason | None
+) -> None:
+    assert stop_reason(token, num_generated, params, EOS) is reason
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (SamplingParams(stop_token_ids=(3, 12)), "stop_token_ids holds 12; this model's tokens are 0 to 11"),
+        (SamplingParams(stop_token_ids=(-1,)), "stop_token_ids holds -1; this model's tokens are 0 to 11"),
+        (SamplingParams(min_tokens=9, max_tokens=8), "min_tokens is 9 and max_tokens 8; lower min_tokens"),
+        (
+            SamplingParams(min_tokens=1, stop_token_ids=tuple(range(1, 12))),
+            "every token stops the reply, so min_tokens 1 cannot be met",
+        ),
+    ],
+)
+def test_parameters_that_cannot_work_are_refused_with_values(
+    sampler: Sampler, params: SamplingParams, message: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        sampler.check(params)
+    assert str(refused.value) == message
+
+
+def test_parameters_that_work_pass_the_check(sampler: Sampler) -> None:
+    sampler.check(SamplingParams())
+    sampler.check(SamplingParams(min_tokens=8, max_tokens=8, stop_token_ids=(0, 11)))
+    sampler.check(SamplingParams(stop_token_ids=tuple(range(12))))
