@@ -84,7 +84,15 @@ class AsyncEngine:
         self._config, self._core, self._log, self._text, self._clock = config, core, log, text, clock
         self._info = info
         self._turns = Turns(
-            core, log, text, sampler, clock, defaults, max_queue=config.max_queue, stateless=config.stateless
+            core,
+            log,
+            text,
+            sampler,
+            clock,
+            defaults,
+            vocab_size=info.vocab_size,
+            max_queue=config.max_queue,
+            stateless=config.stateless,
         )
         self._steps = StepLoop(
             core,

@@ -55,6 +55,7 @@ class Turns:
         clock: Clock,
         defaults: SamplingParams,
         *,
+        vocab_size: int,
         max_queue: int,
         stateless: bool,
     ) -> None:
@@ -62,6 +63,7 @@ class Turns:
         self.stopped: EngineError | None = None  # why no turn is accepted any more
         self._log, self._text, self._sampler, self._clock = log, text, sampler, clock
         self._defaults = defaults
+        self._vocab_size = vocab_size
         self._max_queue = max_queue
         self._stateless = stateless
         self._in_flight: dict[int, LiveConversation] = {}  # by Turn.row
@@ -135,7 +137,7 @@ class Turns:
             what = "both messages and token ids" if request.messages else "neither text nor token ids"
             raise InvalidRequest(f"turn {request.turn_id} has {what}; send one of them")
         if request.token_ids:
-            vocab = self._sampler.vocab_size
+            vocab = self._vocab_size
             for token_id in (min(request.token_ids), max(request.token_ids)):
                 if not 0 <= token_id < vocab:
                     raise InvalidRequest(f"token id {token_id} is outside the vocabulary of {vocab}")
