@@ -40,19 +40,7 @@ from engine.types import (
     TurnRecord,
     Usage,
 )
-
-
-class Clock:
-    """Wall time that tests move."""
-
-    def __init__(self) -> None:
-        self.now = 1_700_000_000.25
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def wall(self) -> float:
-        return self.now
+from tests.fakes import FakeClock
 
 
 def conversation(name: str, **changes: object) -> ConversationRecord:
@@ -93,12 +81,12 @@ def turn(number: int, first_token: int, prompt: int = 3, reply: int = 2, **chang
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture(params=["disk", "memory"])
-def log(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[TokenLog]:
+def log(request: pytest.FixtureRequest, tmp_path: Path, clock: FakeClock) -> Iterator[TokenLog]:
     with closing(TokenLog.open(tmp_path if request.param == "disk" else None, clock=clock)) as log:
         yield log
 
@@ -122,7 +110,7 @@ def hold(log: TokenLog) -> threading.Event:
     return released
 
 
-def test_a_conversation_comes_back_as_it_was_committed(log: TokenLog, clock: Clock) -> None:
+def test_a_conversation_comes_back_as_it_was_committed(log: TokenLog, clock: FakeClock) -> None:
     turns = [turn(0, 0), turn(1, 5, prompt=0, reply=1), turn(2, 6, matched_stop=None, messages=())]
     log.create(conversation("c-1")).result()
     log.create(conversation("c-2", system=None, labels={}, sampling=SamplingParams())).result()
@@ -132,7 +120,7 @@ def test_a_conversation_comes_back_as_it_was_committed(log: TokenLog, clock: Clo
     log.set_resume_token(ConversationId("c-1"), "another").result()
 
     expected = conversation(
-        "c-1", num_turns=3, num_tokens=11, seq_mark=102, updated_at=clock.now, resume_token="another"
+        "c-1", num_turns=3, num_tokens=11, seq_mark=102, updated_at=clock.wall(), resume_token="another"
     )
     assert stored(log, "c-1") == (expected, turns)
     assert stored(log, "c-2") == (
@@ -149,7 +137,7 @@ def test_a_long_conversation_keeps_every_token(log: TokenLog) -> None:
     assert stored(log, "c-1")[1] == [long]
 
 
-def test_what_was_closed_is_there_when_opened_again(tmp_path: Path, clock: Clock) -> None:
+def test_what_was_closed_is_there_when_opened_again(tmp_path: Path, clock: FakeClock) -> None:
     log = TokenLog.open(tmp_path, clock=clock)
     released = hold(log)
     log.create(conversation("c-1"))
@@ -277,7 +265,7 @@ def test_a_page_token_of_somebody_else_is_refused(log: TokenLog, token: str) -> 
         log.list_conversations(Tenant("local"), labels={}, page_size=0).result()
 
 
-def test_delete_leaves_no_byte_of_the_content_in_any_file(tmp_path: Path, clock: Clock) -> None:
+def test_delete_leaves_no_byte_of_the_content_in_any_file(tmp_path: Path, clock: FakeClock) -> None:
     """Rows move about in the trees as others come and go; no stale copy may stay behind."""
     rng = random.Random("erase")
     alive: dict[str, tuple[list[bytes], int, int]] = {}  # secrets, turns, tokens
@@ -331,7 +319,7 @@ def test_delete_leaves_no_byte_of_the_content_in_any_file(tmp_path: Path, clock:
             assert len(stored(log, name)[1]) == number
 
 
-def test_content_lies_on_overflow_pages_only(tmp_path: Path, clock: Clock) -> None:
+def test_content_lies_on_overflow_pages_only(tmp_path: Path, clock: FakeClock) -> None:
     """Pages of a tree leave stale copies when rows move; see engine.log_schema."""
     with closing(TokenLog.open(tmp_path, clock=clock)) as log:
         for n in range(50):
@@ -354,7 +342,9 @@ def test_content_lies_on_overflow_pages_only(tmp_path: Path, clock: Clock) -> No
     }  # an overflow page begins with a page number, a tree's not
 
 
-def test_a_delete_that_another_reader_holds_up_says_so_and_erases_later(tmp_path: Path, clock: Clock) -> None:
+def test_a_delete_that_another_reader_holds_up_says_so_and_erases_later(
+    tmp_path: Path, clock: FakeClock
+) -> None:
     with closing(TokenLog.open(tmp_path, clock=clock)) as log:
         log.create(conversation("c-1", system="the-secret-text")).result()
         with closing(sqlite3.connect(tmp_path / "conversations.db", isolation_level=None)) as reader:
@@ -370,8 +360,9 @@ COMMIT_UNTIL_KILLED = """
 import sys
 from pathlib import Path
 from engine.token_log import TokenLog
-from tests.engine.test_token_log import Clock, conversation, turn
-log = TokenLog.open(Path(sys.argv[1]), clock=Clock())
+from tests.engine.test_token_log import conversation, turn
+from tests.fakes import FakeClock
+log = TokenLog.open(Path(sys.argv[1]), clock=FakeClock())
 log.create(conversation("c-1")).result()
 number = 0
 while True:
@@ -383,7 +374,7 @@ while True:
 """
 
 
-def test_every_acknowledged_turn_survives_kill_9_token_for_token(tmp_path: Path, clock: Clock) -> None:
+def test_every_acknowledged_turn_survives_kill_9_token_for_token(tmp_path: Path, clock: FakeClock) -> None:
     command = [sys.executable, "-c", COMMIT_UNTIL_KILLED, str(tmp_path)]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
@@ -406,7 +397,7 @@ def pragma(name: str, connection: sqlite3.Connection) -> object:
     return connection.execute(f"PRAGMA {name}").fetchone()[0]
 
 
-def test_the_file_is_synced_at_every_commit(tmp_path: Path, clock: Clock) -> None:
+def test_the_file_is_synced_at_every_commit(tmp_path: Path, clock: FakeClock) -> None:
     with closing(TokenLog.open(tmp_path, clock=clock)) as log:
         settings = {
             name: log._submit(partial(pragma, name)).result()
@@ -415,7 +406,7 @@ def test_the_file_is_synced_at_every_commit(tmp_path: Path, clock: Clock) -> Non
     assert settings == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "secure_delete": 1}
 
 
-def test_folder_and_files_are_for_their_owner_alone(tmp_path: Path, clock: Clock) -> None:
+def test_folder_and_files_are_for_their_owner_alone(tmp_path: Path, clock: FakeClock) -> None:
     folder = tmp_path / "state" / "continuo"
     with closing(TokenLog.open(folder, clock=clock)) as log:
         log.create(conversation("c-1")).result()
@@ -424,18 +415,18 @@ def test_folder_and_files_are_for_their_owner_alone(tmp_path: Path, clock: Clock
     assert modes == {"continuo": 0o700} | dict.fromkeys(names, 0o600)
 
 
-def test_a_second_server_is_told_who_holds_the_data_dir(tmp_path: Path, clock: Clock) -> None:
+def test_a_second_server_is_told_who_holds_the_data_dir(tmp_path: Path, clock: FakeClock) -> None:
     with closing(TokenLog.open(tmp_path, clock=clock)):
         with pytest.raises(DataDirError) as refused:
             TokenLog.open(tmp_path, clock=clock)
         assert str(refused.value) == (
             f"data dir {tmp_path} is in use by pid {os.getpid()} on host {socket.gethostname()} "
-            "since 2023-11-14T22:13:20+00:00; stop it or give --data-dir another folder"
+            "since 2027-01-15T08:00:00+00:00; stop it or give --data-dir another folder"
         )
     TokenLog.open(tmp_path, clock=clock).close()
 
 
-def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, clock: Clock) -> None:
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, clock: FakeClock) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
         DataDirError, match=r"cannot use data dir .*; give --data-dir a folder that this user"
@@ -443,7 +434,9 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path: Path, clock: Clock) -> No
         TokenLog.open(tmp_path / "file", clock=clock)
 
 
-def test_a_file_of_a_newer_program_is_refused_and_keeps_its_lock_free(tmp_path: Path, clock: Clock) -> None:
+def test_a_file_of_a_newer_program_is_refused_and_keeps_its_lock_free(
+    tmp_path: Path, clock: FakeClock
+) -> None:
     newer = (*MIGRATIONS, ("CREATE TABLE later (x)",))
     TokenLog.open(tmp_path, clock=clock, migrations=newer).close()
     for _ in range(2):
@@ -454,7 +447,7 @@ def test_a_file_of_a_newer_program_is_refused_and_keeps_its_lock_free(tmp_path: 
     TokenLog.open(tmp_path, clock=clock, migrations=newer).close()
 
 
-def test_an_older_file_is_migrated_once_and_keeps_its_conversations(tmp_path: Path, clock: Clock) -> None:
+def test_an_older_file_is_migrated_once_and_keeps_its_conversations(tmp_path: Path, clock: FakeClock) -> None:
     with closing(TokenLog.open(tmp_path, clock=clock)) as log:
         log.create(conversation("c-1")).result()
     newer = (*MIGRATIONS, ("CREATE TABLE later (x)", "INSERT INTO later VALUES (7)"))
@@ -465,7 +458,7 @@ def test_an_older_file_is_migrated_once_and_keeps_its_conversations(tmp_path: Pa
             assert stored(log, "c-1")[0] == conversation("c-1")
 
 
-def test_a_migration_that_fails_leaves_the_older_version(tmp_path: Path, clock: Clock) -> None:
+def test_a_migration_that_fails_leaves_the_older_version(tmp_path: Path, clock: FakeClock) -> None:
     TokenLog.open(tmp_path, clock=clock).close()
     broken = (*MIGRATIONS, ("CREATE TABLE later (x)", "INSERT INTO nowhere VALUES (7)"))
     with pytest.raises(DataDirError, match="no such table: nowhere"):
@@ -474,7 +467,7 @@ def test_a_migration_that_fails_leaves_the_older_version(tmp_path: Path, clock: 
 
 
 @pytest.mark.parametrize("offset", [0, 1024])
-def test_a_damaged_file_is_reported_and_left_as_it_is(tmp_path: Path, clock: Clock, offset: int) -> None:
+def test_a_damaged_file_is_reported_and_left_as_it_is(tmp_path: Path, clock: FakeClock, offset: int) -> None:
     path = tmp_path / "conversations.db"
     with closing(TokenLog.open(tmp_path, clock=clock)) as log:
         log.create(conversation("c-1")).result()
@@ -492,7 +485,7 @@ def test_a_damaged_file_is_reported_and_left_as_it_is(tmp_path: Path, clock: Clo
         assert path.read_bytes() == damaged
 
 
-def test_a_write_that_the_disk_refuses_fails_and_the_next_one_works(tmp_path: Path, clock: Clock) -> None:
+def test_a_write_that_the_disk_refuses_fails_and_the_next_one_works(tmp_path: Path, clock: FakeClock) -> None:
     with closing(TokenLog.open(tmp_path, clock=clock)) as log:
         log.create(conversation("c-1")).result()
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -510,7 +503,7 @@ def test_a_write_that_the_disk_refuses_fails_and_the_next_one_works(tmp_path: Pa
         assert stored(log, "c-1")[1] == [turn(0, 0)]
 
 
-def test_a_full_database_says_what_to_free(tmp_path: Path, clock: Clock) -> None:
+def test_a_full_database_says_what_to_free(tmp_path: Path, clock: FakeClock) -> None:
     with closing(TokenLog.open(tmp_path, clock=clock)) as log:
         log.create(conversation("c-1")).result()
         log._submit(lambda connection: connection.execute("PRAGMA max_page_count = 60")).result()
