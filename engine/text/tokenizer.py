@@ -1,8 +1,8 @@
 """A model folder's tokenizer: text to ids, ids to text, special tokens, and the source of the chat template.
 
-Encoding is the `tokenizers` library's (it releases the interpreter lock, so a pool of threads can encode).
-Decoding joins the bytes of the tokens (`token_bytes.py`), so one-shot and streamed text agree for every
-split.
+Encoding is the `tokenizers` library's, by the one call that releases the interpreter lock (`encode` keeps
+it: a 60 KB text would stop every other thread for 60 ms).  Decoding joins the bytes of the tokens
+(`token_bytes.py`), so one-shot and streamed text agree for every split.
 """
 
 import hashlib
@@ -25,15 +25,17 @@ class Tokenizer:
     """Text and ids of one model.  Threads may share it.
 
     `special_ids` are the tokens that the tokenizer's files call special.  `control_tokens` (text -> id) are
-    those plus the tags that the chat template itself writes: what the content of a message must never become.
+    those plus the tags that the chat template itself writes: what the content of a message must never become;
+    `lookalike` finds their texts.
     `prompt_prefix_ids` (a BOS, or nothing) go before a prompt in plain text; a chat template writes its own.
     `fingerprint` changes with anything that changes the ids of a text.
     """
 
     def __init__(self, definition: str, config: Mapping[str, Any], chat_template: str | None) -> None:
         """`definition` is the content of tokenizer.json; raises ValueError if its kind is not supported."""
-        self._definition = definition
-        self._backend = _without_limits(tokenizers.Tokenizer.from_str(definition))
+        self._backend = tokenizers.Tokenizer.from_str(definition)
+        self._backend.no_truncation()
+        self._backend.no_padding()
         decoder = self._backend.decoder
         rule = decode_rule(None if decoder is None else json.loads(decoder.__getstate__()))
         self._spells, self._drops_first_space = rule.spells, rule.drops_first_space
@@ -55,8 +57,8 @@ class Tokenizer:
         }
         self.special_ids = frozenset(special.values())
         self.control_tokens = special | tags
+        self.lookalike = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")  # (?!): nothing
         self._control_ids = frozenset(self.control_tokens.values())
-        self._unknown_id = self._backend.token_to_id(getattr(self._backend.model, "unk_token", None) or "")
         self.prompt_prefix_ids = _prefix_ids(self._backend)
         identity = json.dumps([definition, chat_template, self.named_tokens], sort_keys=True)
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
@@ -89,16 +91,14 @@ class Tokenizer:
     def encode(self, text: str, *, allow_special: bool, after: int | None = None) -> list[int]:
         """Ids of `text`; nothing is put before or behind it.
 
-        With `allow_special=False` text that looks like a control token stays text.  `after` is the id that
-        the text continues from, None at the start of a history: SentencePiece adds a space at the start only,
-        and some special tokens swallow the white space that follows them.  Raises InvalidRequest if the
-        tokenizer has no way to spell a control token as text.
+        With `allow_special=False` what looks like a control token is cut behind its first character and stays
+        text.  `after` is the id that the text continues from, None at the start of a history: SentencePiece
+        adds a space at the start only, and some special tokens swallow the white space that follows them.
+        Raises InvalidRequest if the text becomes a control token even so.
         """
-        ids = self._encode_after(self._backend, text, after, self._added)
-        if allow_special or self._control_ids.isdisjoint(ids):
-            return ids
-        ids = self._encode_after(self._literal_backend, text, after, {})
-        if forged := self._control_ids.intersection(ids) - {self._unknown_id}:
+        pieces = [text] if allow_special else self._cut_apart(text)
+        ids = self._encode_behind(after, pieces)
+        if not allow_special and (forged := self._control_ids.intersection(ids)):
             raise InvalidRequest(
                 f"the text contains {self._added[min(forged)]!r}, which this model's tokenizer can only read"
                 " as a control token; leave it out"
@@ -135,52 +135,55 @@ class Tokenizer:
         token = self._backend.id_to_token(id)
         return b"" if token is None else self._spells(token)
 
-    def _encode_after(
-        self, backend: tokenizers.Tokenizer, text: str, after: int | None, added: Mapping[int, str]
-    ) -> list[int]:
-        """Encode behind an anchor that stands for what precedes the text, then take its ids off again."""
+    def _cut_apart(self, text: str) -> list[str]:
+        pieces, start = [], 0
+        while found := self.lookalike.search(text, start):
+            pieces.append(text[start : found.start() + 1])
+            start = found.start() + 1
+        return [*pieces, text[start:]]
+
+    def _encode_behind(self, after: int | None, pieces: list[str]) -> list[int]:
+        """Ids of the pieces, the first as what follows `after`, each other one as what follows ordinary text.
+
+        """Ids of the pieces, the first as what follows `after`, each other one as what follows plain text.
+        """
+        anchors = [_anchor(piece) if self._drops_first_space else "" for piece in pieces]
         if after is None:
-            return _ids(backend, text)
-        anchor = added.get(after) or ("\n" if self._drops_first_space else "")
-        head = _ids(backend, anchor)
-        ids = _ids(backend, anchor + text)
-        return ids[len(head) :] if ids[: len(head)] == head else _ids(backend, text)
+            anchors[0] = ""
+        elif after in self._added:
+            anchors[0] = self._added[after]
+        heads = _encode(self._backend, anchors)
+        wholes = _encode(self._backend, list(map(str.__add__, anchors, pieces)))
+        ids: list[int] = []
+        for piece, head, whole in zip(pieces, heads, wholes, strict=True):
+            apart = whole[: len(head)] == head  # else the anchor is another token with the piece behind it
+            ids += whole[len(head) :] if apart else _encode(self._backend, [piece])[0]
+        return ids
 
     @cached_property
     def _adds_space_after_added(self) -> bool:
         """True for tokenizers that treat the text behind each added token as the start of a text."""
         if not self._drops_first_space:
             return False
-        probes = (_ids(self._backend, text + "a")[1:] for text in self._added.values())
-        first = next((ids[0] for ids in probes if ids), None)
+        probes = _encode(self._backend, [text + "a" for text in self._added.values()])
+        first = next((ids[1] for ids in probes if len(ids) > 1), None)
         return first is not None and self._look_up(first).startswith(b" ")
 
-    @cached_property
-    def _literal_backend(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, blind to control tokens.  Making it costs what loading does: only if needed."""
-        definition = json.loads(self._definition)
-        for token in definition["added_tokens"]:
-            token["special"] = token["id"] in self._control_ids
-        backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
-        backend.encode_special_tokens = True
-        return _without_limits(backend)
+
+def _encode(backend: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _ids(backend: tokenizers.Tokenizer, text: str) -> list[int]:
-    return list(backend.encode(text, add_special_tokens=False).ids) if text else []
+def _anchor(piece: str) -> str:
+    """A character that no tokenizer joins with the first one of `piece`."""
+    return "a" if piece.startswith("\n") else "\n"
 
 
 def _prefix_ids(backend: tokenizers.Tokenizer) -> list[int]:
     """What the tokenizer's own post-processing puts before any text."""
-    bare, whole = _ids(backend, "a"), list(backend.encode("a", add_special_tokens=True).ids)
+    [bare], whole = _encode(backend, ["a"]), backend.encode("a", add_special_tokens=True).ids
     starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     return whole[: next(starts, 0)]
-
-
-def _without_limits(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
 
 
 def _is_tag(text: str) -> bool:

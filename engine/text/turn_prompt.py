@@ -123,41 +123,49 @@ def _encode(tokenizer: Tokenizer, pieces: Iterable[tuple[str, bool]], after: int
 
 @dataclass(frozen=True, slots=True)
 class _Shield:
-    """Brackets around what looks like a control token in the content of new messages."""
+    """Brackets around what looks like control tokens in the content of new messages."""
 
-    lookalike: re.Pattern[str]
     found: tuple[str, ...]  # distinct look-alikes, in order of appearance
+    stretches: dict[
+        str, tuple[int, int]
+    ]  # content -> where its first look-alike begins and its last one ends
     left: str
     right: str
 
     @classmethod
     def over(cls, messages: Sequence[Message], tokenizer: Tokenizer) -> "_Shield":
-        longest_first = sorted(tokenizer.control_tokens, key=len, reverse=True)
-        lookalike = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")  # (?!) matches nothing
         contents = [message.content for message in messages]
-        found = tuple(dict.fromkeys(text for content in contents for text in lookalike.findall(content)))
+        matches = {content: list(tokenizer.lookalike.finditer(content)) for content in contents}
+        found = dict.fromkeys(match[0] for many in matches.values() for match in many)
+        stretches = {text: (many[0].start(), many[-1].end()) for text, many in matches.items() if many}
         unused = [char for char in _NONCHARACTERS if not any(char in content for content in contents)]
         if len(unused) < 2:
             raise InvalidRequest(
                 "the messages hold nearly all of the noncharacters U+FDD0 to U+FDEF; drop some"
             )
-        return cls(lookalike, found, *unused[:2])
+        return cls(tuple(found), stretches, *unused[:2])
 
     def bracket(self, content: str) -> str:
-        return self.lookalike.sub(lambda match: self.left + match[0] + self.right, content)
+        if content not in self.stretches:
+            return content
+        start, end = self.stretches[content]
+        return content[:start] + self.left + content[start:end] + self.right + content[end:]
 
     def remove(self, text: str) -> str:
         return text.replace(self.left, "").replace(self.right, "") if self.found else text
 
     def split(self, text: str) -> list[tuple[str, bool]]:
-        """Pieces of a rendered text in order, each with whether it is a look-alike to be read as plain
-        text."""
+        """Pieces of a rendered text in order, each with whether it is to be read as plain text."""
         if not self.found:
             return [(text, False)]
-        pieces = re.split(f"{self.left}({self.lookalike.pattern}){self.right}", text)
-        if any(self.left in piece or self.right in piece for piece in pieces):
+        intact = {content[start:end] for content, (start, end) in self.stretches.items()}
+        pieces = re.split(f"{self.left}([^{self.right}]*){self.right}", text)
+        template, literal = pieces[::2], pieces[1::2]
+        if any(self.left in piece or self.right in piece for piece in template) or not intact.issuperset(
+            literal
+        ):
             raise self.refusal()
-        return [(piece, bool(i % 2)) for i, piece in enumerate(pieces) if piece]
+        return [(piece, bool(i % 2)) for i, piece in enumerate(pieces)]
 
     def refusal(self) -> InvalidRequest:
         return InvalidRequest(

@@ -80,6 +80,7 @@ def spell(tokenizer: Tokenizer, text: str) -> list[int]:
         ("ababac!", ("abac",), "ab", "abac"),  # the first attempt at the stop fails half way
         ("xabcd", ("abcd", "bc"), "xa", "bc"),  # complete first, although it begins later
         ("xabc", ("bc", "abc"), "x", "abc"),  # both complete at once: the longest
+        ("the house", ("house", "ous"), "the h", "ous"),  # also when one token holds both
         ("xab!", ("abc", "b!"), "xa", "b!"),
         ("你好世界", ("好世",), "你", "好世"),
         ("a\n\nUser: b", ("\n\nUser:",), "a", "\n\nUser:"),

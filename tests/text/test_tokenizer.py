@@ -1,13 +1,15 @@
 """Both kinds of tokenizer: ids, text, special tokens, and what is said of a folder that cannot be used."""
 
 import json
-import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from engine.errors import InvalidRequest, ModelFolderError
 from engine.text.tokenizer import Tokenizer
@@ -69,6 +71,15 @@ def test_lookalikes_stay_text_when_special_tokens_are_not_allowed(tokenizer, tex
     assert tokenizer.decode(ids, skip_special=True) == text
 
 
+@given(pieces=st.lists(st.sampled_from(["<|im_", "<", "s>", "end|>", "<s>", "<|im_end|>", " ", "a", "é"])))
+@PROPERTY
+def test_no_text_can_forge_a_control_token_and_none_is_lost(tokenizer, pieces):
+    text = "".join(pieces)
+    ids = tokenizer.encode(text, allow_special=False)
+    assert tokenizer.special_ids.isdisjoint(ids)
+    assert tokenizer.decode(ids, skip_special=True) == text
+
+
 def test_tags_that_the_template_writes_are_control_tokens_and_other_added_tokens_are_not(speak):
     tokenizer, _ = speak("reasoning")
     tags = {"<think>", "</think>"}
@@ -79,15 +90,43 @@ def test_tags_that_the_template_writes_are_control_tokens_and_other_added_tokens
     assert plain[-1] == tokenizer.encode("<table>", allow_special=True)[0]
 
 
-def test_a_control_token_that_text_can_only_spell_as_itself_is_refused(byte_level_dir):
-    definition = json.loads((byte_level_dir / "tokenizer.json").read_text())
-    word, id = next(
-        item for item in definition["model"]["vocab"].items() if re.fullmatch("[a-z]{2,}", item[0])
-    )
-    definition["added_tokens"].append({**definition["added_tokens"][0], "content": word, "id": id})
-    tokenizer = Tokenizer(json.dumps(definition), {}, None)
-    with pytest.raises(InvalidRequest, match=f"contains '{word}'.*only read as a control token"):
-        tokenizer.encode(word, allow_special=False)
+@pytest.mark.parametrize(("token", "text"), [("x", "x"), ("halt", "HALT")])
+def test_text_that_becomes_a_control_token_even_when_cut_is_refused(byte_level_dir, token, text):
+    backend = tokenizers.Tokenizer.from_file(str(byte_level_dir / "tokenizer.json"))
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.add_special_tokens([AddedToken(token, normalized=True)])
+    tokenizer = Tokenizer(backend.to_str(), {}, None)
+    with pytest.raises(
+        InvalidRequest, match=f"contains '{token}'.*only read as a control token; leave it out"
+    ):
+        tokenizer.encode(f"a {text} b", allow_special=False)
+
+
+@pytest.mark.parametrize("text", ["<a>b>", "<a<a>b>", "<a>b><a>", "b><a>b"])
+def test_control_tokens_that_overlap_are_all_cut(byte_level_dir, text):
+    backend = tokenizers.Tokenizer.from_file(str(byte_level_dir / "tokenizer.json"))
+    backend.add_special_tokens(["<a>", ">b>", "<a>b"])
+    tokenizer = Tokenizer(backend.to_str(), {}, None)
+    ids = tokenizer.encode(text, allow_special=False)
+    assert tokenizer.special_ids.isdisjoint(ids) and tokenizer.decode(ids, skip_special=False) == text
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer):
+    text, slices = "the cat in the house by the sea " * 20_000, []
+    begun, done = threading.Event(), threading.Event()
+
+    def encode() -> None:
+        begun.set()
+        tokenizer.encode(text, allow_special=False)
+        done.set()
+
+    worker = threading.Thread(target=encode)
+    worker.start()
+    begun.wait()
+    while not done.wait(0.001):
+        slices.append(time.perf_counter())
+    worker.join()
+    assert len(slices) > 3  # with the lock kept this thread would not run before the end
 
 
 def test_a_continuation_encodes_as_the_rest_of_the_whole(tokenizer):
@@ -101,6 +140,22 @@ def test_a_continuation_encodes_as_the_rest_of_the_whole(tokenizer):
         assert whole[: len(head)] == head
         rest = "<|im_start|>the cat<|im_end|>\nsaid hello\nto the sea"[len(cut) :]
         assert tokenizer.encode(rest, allow_special=True, after=head[-1]) == whole[len(head) :]
+
+
+def test_a_continuation_does_not_join_what_stands_before_it(byte_fallback_dir):
+    definition = json.loads((byte_fallback_dir / "tokenizer.json").read_text())
+    vocab = definition["model"]["vocab"]
+    vocab |= {"\n": len(vocab) + 100, "\n\n": len(vocab) + 101}
+    definition["model"]["merges"].append(["\n", "\n"])
+    backend = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    backend.add_special_tokens([AddedToken("<word>", single_word=True)])
+    tokenizer = Tokenizer(backend.to_str(), {}, None)
+    cat = tokenizer.encode("cat", allow_special=True)
+    for text in ("\nsaid", "\n\nsaid", "said", " said"):
+        ids = tokenizer.encode(text, allow_special=True, after=cat[-1])
+        assert tokenizer.decode([*cat, *ids], skip_special=True) == "cat" + text
+    behind_word = tokenizer.encode("cat", allow_special=True, after=tokenizer.control_tokens["<word>"])
+    assert behind_word == cat
 
 
 def test_a_continuation_keeps_its_first_space_and_a_beginning_does_not(byte_fallback_dir):
@@ -131,6 +186,13 @@ def test_names_and_sizes_come_from_the_folder(byte_level_dir):
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "<|im_end|>")
     assert tokenizer.named_tokens.keys() == {"bos_token", "eos_token"}
     assert tokenizer.vocab_size == 403
+
+
+def test_a_token_that_the_config_names_is_special_whatever_its_flag(byte_level_dir):
+    definition = (byte_level_dir / "tokenizer.json").read_text()
+    plain, named = Tokenizer(definition, {}, None), Tokenizer(definition, {"eos_token": "<table>"}, None)
+    [table] = plain.encode("<table>", allow_special=False)
+    assert table not in plain.special_ids and table in named.special_ids
 
 
 def test_a_plain_prompt_gets_the_prefix_that_the_tokenizer_itself_puts(byte_level_dir):

@@ -152,6 +152,21 @@ def test_a_lookalike_that_the_template_rewrites_is_refused_by_name(speak):
         chat.ask(user("miso<|im_end|>"))
 
 
+def test_a_lookalike_that_the_template_decides_by_is_refused(speak):
+    chat = Chat(*speak("branching"))
+    assert "x<s>" in chat.ask(user("x<s>")).text
+    with pytest.raises(InvalidRequest, match="contains '<s>', a control token.*leave it out"):
+        chat.ask(user("<s>x"))
+
+
+@pytest.mark.parametrize("content", ["<s> a <s>", "<s> a <s> b"])
+def test_lookalikes_that_the_template_tears_apart_are_refused(speak, content):
+    chat = Chat(*speak("ends"))
+    assert chat.ask(user("<s> a b")).text == "<s><|im_end|>b"
+    with pytest.raises(InvalidRequest, match="contains '<s>', a control token.*leave it out"):
+        chat.ask(user(content))
+
+
 def test_content_that_uses_up_the_brackets_is_refused(speak):
     chat = Chat(*speak("ordinary"))
     with pytest.raises(InvalidRequest, match=r"U\+FDD0 to U\+FDEF"):
