@@ -1,0 +1,91 @@
+"""Decoding one conversation, against the time that reading weights and KV from DRAM takes.
+
+    python -m tools.bench_decode SHAPE [--model DIR] [--context 512] [--repeats 5]
+
+In process, greedy, batch 1.  The floor of a step is (weights that it reads + KV of the context) / DRAM
+bandwidth, both measured in this run, alternately.
+"""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from engine import EngineConfig, load_engine
+from engine.models.config import ModelConfig
+from engine.types import Delta, OpenRequest, SamplingParams, Tenant, TurnDone, TurnId, TurnRequest
+from tools.measure import dram_read_gbps, median, write_result
+from tools.random_model import write_random_model
+from tools.workload import prompt_ids
+
+NEW_TOKENS = 96
+VOCAB = 30_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("shape", choices=("llama-160m", "qwen2.5-0.5b"))
+    parser.add_argument("--model", type=Path, help="a folder that tools.random_model has written before")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = chosen.model or Path(scratch) / chosen.shape
+        if not folder.exists():
+            write_random_model(chosen.shape, folder)
+        figures = asyncio.run(_measure(chosen.shape, folder, chosen.context, chosen.repeats))
+    print(write_result(f"decode_{chosen.shape}", figures))
+
+
+async def _measure(shape: str, folder: Path, context: int, repeats: int) -> dict[str, Any]:
+    model = ModelConfig.from_dir(folder)
+    bytes_per_step = weight_bytes(model) + kv_bytes(model, context + NEW_TOKENS // 2)
+    steps_ms, bandwidth = [], []
+    engine = load_engine(EngineConfig(folder, device_kv_tokens=8192))
+    async with engine:
+        for repeat in range(repeats + 1):
+            bandwidth.append(dram_read_gbps(0.5))
+            chat = await engine.open(Tenant("bench"), OpenRequest())
+            sampling = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=NEW_TOKENS)
+            ids = tuple(prompt_ids(repeat, 0, context, VOCAB))
+            await chat.turn(TurnRequest(TurnId("1"), token_ids=ids, sampling=sampling))
+            times = []
+            async for event in chat.events():
+                if isinstance(event, Delta):
+                    times.append(time.perf_counter())
+                if isinstance(event, TurnDone):
+                    break
+            await chat.close(delete=True)
+            if repeat:
+                steps_ms.append(1000 * (times[-1] - times[0]) / (len(times) - 1))
+    step_ms, gbps = median(steps_ms), max(bandwidth)
+    figures = {
+        "shape": shape,
+        "context": context,
+        "bytes_per_step": bytes_per_step,
+        "dram_read_gbps": round(gbps, 1),
+        "floor_ms": round(bytes_per_step / gbps / 1e6, 2),
+        "step_ms": round(step_ms, 2),
+        "step_ms_runs": [round(value, 2) for value in steps_ms],
+        "share_of_bandwidth": round(bytes_per_step / gbps / 1e6 / step_ms, 3),
+    }
+    print(figures)
+    return figures
+
+
+def weight_bytes(model: ModelConfig) -> int:
+    """What a step reads in bfloat16: every linear, and the head; one row of the embedding is nothing."""
+    rows = model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
+    attention = rows * model.hidden_size + model.num_heads * model.head_dim * model.hidden_size
+    per_layer = attention + 3 * model.ffn_size * model.hidden_size
+    return 2 * (model.num_layers * per_layer + model.vocab_size * model.hidden_size)
+
+
+def kv_bytes(model: ModelConfig, tokens: int) -> int:
+    return 2 * tokens * 2 * model.num_layers * model.num_kv_heads * model.head_dim
+
+
+if __name__ == "__main__":
+    main()
