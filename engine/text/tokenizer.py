@@ -143,9 +143,9 @@ class Tokenizer:
         return [*pieces, text[start:]]
 
     def _encode_behind(self, after: int | None, pieces: list[str]) -> list[int]:
-        """Ids of the pieces, the first as what follows `after`, each other one as what follows ordinary text.
-
         """Ids of the pieces, the first as what follows `after`, each other one as what follows plain text.
+
+        A piece is encoded behind an anchor that stands for what precedes it; the anchor's ids are taken off.
         """
         anchors = [_anchor(piece) if self._drops_first_space else "" for piece in pieces]
         if after is None:
