@@ -1,8 +1,8 @@
 """The command line: declares arguments, reads the environment, and hands both to the command's own module.
 
 Nothing heavy is imported before the arguments are known to be right, and nobody else reads the environment.
-A command is a module with `run(chosen) -> exit code` and `EXPECTED`, errors that are told in one line; those of its
-`USAGE` end with 2, the others with 1.
+A command is a module with `run(chosen) -> exit code` and `EXPECTED`, the errors that are told in one line:
+those of its `USAGE` end with 2, the others with 1.
 """
 
 import argparse
