@@ -6,7 +6,6 @@ reflection too, needs a principal.  Only health checks do not, because load bala
 
 import hashlib
 import hmac
-import os
 import re
 import stat
 from collections.abc import Iterable
@@ -92,42 +91,38 @@ def read_token_file(path: Path) -> dict[bytes, Principal]:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the token file {path} cannot be read: {error}") from error
-    if os.name == "posix" and stat.S_IMODE(mode) & 0o007:
-        raise ConfigError(
-            f"everybody on this machine may open the token file {path}; run: chmod o-rwx {path}"
-        )
+    if stat.S_IMODE(mode) & stat.S_IRWXO:
+        raise ConfigError(f"everybody on this machine may open the token file; run: chmod o-rwx {path}")
 
     tokens: dict[bytes, Principal] = {}
     line_of: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
         where = f"{path}, line {number}"
-        if len(words) not in (2, 3) or words[2:] not in ([], ["admin"]):
-            raise ConfigError(
-                f"{where}: expected 'tenant token' or 'tenant token admin', found {len(words)} words"
-            )
-        tenant, token = words[0], words[1]
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", tenant):
-            raise ConfigError(
-                f"{where}: a tenant is named by 1 to 64 letters, digits, dots, dashes or underscores"
-            )
-        if len(token) < MIN_TOKEN_LENGTH:
-            raise ConfigError(
-                f"{where}: the token has {len(token)} characters; use at least {MIN_TOKEN_LENGTH}, "
-                "for example from: openssl rand -hex 24"
-            )
-        digest = hashlib.sha256(token.encode()).digest()
+        match re.split(r"(?:^|\s)#", line)[0].split():
+            case []:
+                continue
+            case [tenant, token, *rest] if rest in ([], ["admin"]):
+                digest = _digest(tenant, token, where)
+            case _:
+                raise ConfigError(f"{where}: a line is 'tenant token' or 'tenant token admin'")
         if digest in tokens:
-            raise ConfigError(
-                f"{where}: the same token stands in line {line_of[digest]}; every token must be its own"
-            )
-        tokens[digest] = Principal(Tenant(tenant), admin=len(words) == 3)
+            raise ConfigError(f"{where}: this token stands in line {line_of[digest]} already; make another")
+        tokens[digest] = Principal(Tenant(tenant), admin=bool(rest))
         line_of[digest] = number
     if not tokens:
         raise ConfigError(f"the token file {path} holds no token; add a line 'tenant token'")
     return tokens
+
+
+def _digest(tenant: str, token: str, where: str) -> bytes:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", tenant):
+        raise ConfigError(f"{where}: a tenant's name is 1 to 64 letters, digits, dots, dashes or underscores")
+    if len(token) < MIN_TOKEN_LENGTH:
+        raise ConfigError(
+            f"{where}: the token has {len(token)} characters; use at least {MIN_TOKEN_LENGTH}, "
+            "for example from: openssl rand -hex 24"
+        )
+    return hashlib.sha256(token.encode()).digest()
 
 
 def _refuse(error: Unauthenticated) -> Handler:

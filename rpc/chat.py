@@ -9,7 +9,7 @@ import asyncio
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from typing import NoReturn, Unpack
+from typing import Unpack
 
 import grpc
 
@@ -20,6 +20,8 @@ from rpc.failure import (
     FailedPrecondition,
     Internal,
     InvalidArgument,
+    NotFound,
+    ResourceExhausted,
     Unavailable,
     error_of_call,
     error_of_message,
@@ -27,6 +29,7 @@ from rpc.failure import (
 from rpc.outcome import Sampling
 from rpc.reply import Reply, ReplyEvent
 
+MAX_MESSAGE_BYTES = 64 * 2**20
 Call = grpc.aio.StreamStreamCall[pb.ClientEvent, pb.ServerEvent]
 Pauses = Callable[
     [], Iterator[float]
@@ -82,11 +85,22 @@ class Chat:
 
     async def close(self, *, delete: bool = False) -> None:
         """Leaves the conversation when its current turn has ended; with `delete`, erases it at once."""
-        call = await self._attached()
-        await self._send(call, pb.ClientEvent(close=pb.Close(delete=delete)))
-        while (await self._read(call)).WhichOneof("event") != "closed":
-            pass
-        self._hang_up()
+        pauses, lost = self._pauses(), False
+        while True:
+            try:
+                call = await self._attached()
+                await self._send(call, pb.ClientEvent(close=pb.Close(delete=delete)))
+                while (await self._read(call)).WhichOneof("event") != "closed":
+                    pass
+                return self._hang_up()
+            except Unavailable as error:
+                self._hang_up()
+                await _wait(pauses, error)
+                lost = True
+            except NotFound:
+                if not (delete and lost):
+                    raise
+                return  # erased; only the answer was lost
 
     async def attach(self, first: pb.ClientEvent) -> None:
         """Connects with `first`, an open or a resume.  A resume is safe to repeat, an open is not."""
@@ -196,10 +210,17 @@ class Chat:
     async def _send(self, call: Call, event: pb.ClientEvent) -> int:
         self._client_seq += 1
         event.client_seq = self._client_seq
+        if (size := event.ByteSize()) > MAX_MESSAGE_BYTES:
+            raise ResourceExhausted(f"the event has {size} bytes; at most {MAX_MESSAGE_BYTES} can be sent")
         try:
             await call.write(event)
         except grpc.aio.AioRpcError as error:
-            self._lost(error)
+            self._hang_up()
+            if (
+                error.code() is grpc.StatusCode.INTERNAL
+            ):  # so grpcio names any write to a call that is just ending
+                raise Unavailable("the connection was lost while sending") from None
+            raise error_of_call(error) from None
         except asyncio.InvalidStateError:  # the call has ended; the reason is behind what it still had to say
             while True:
                 await self._read(call)
@@ -209,7 +230,8 @@ class Chat:
         try:
             event = await call.read()
         except grpc.aio.AioRpcError as error:
-            self._lost(error)
+            self._hang_up()
+            raise error_of_call(error) from None
         except asyncio.CancelledError:
             self._hang_up()
             task = asyncio.current_task()
@@ -221,10 +243,6 @@ class Chat:
             raise Unavailable("the server ended the stream")
         self._last_seq = max(self._last_seq, event.seq)
         return event
-
-    def _lost(self, error: grpc.aio.AioRpcError) -> NoReturn:
-        self._hang_up()
-        raise error_of_call(error) from None
 
     def _hang_up(self) -> None:
         if self._call is not None:

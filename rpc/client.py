@@ -22,7 +22,7 @@ import grpc
 
 from rpc._generated import continuo_pb2 as pb
 from rpc._generated import continuo_pb2_grpc as pb_grpc
-from rpc.chat import Chat, set_input
+from rpc.chat import MAX_MESSAGE_BYTES, Chat, set_input
 from rpc.failure import (
     Aborted,
     AlreadyExists,
@@ -69,7 +69,6 @@ __all__ = [
     "Unimplemented",
 ]
 
-MAX_MESSAGE_BYTES = 64 * 2**20
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

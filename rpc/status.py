@@ -92,7 +92,7 @@ class Answering:
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, grpc.aio.InternalError):
-            # A write failed: the client is gone.  A handler that waits is cancelled then, so let this one be, too.
+            # A write failed: the client is gone.  A handler that waits is cancelled then; so is this one.
             raise asyncio.CancelledError from error
         if isinstance(error, DecodeError):
             error = errors.InvalidRequest(f"the message does not follow continuo.proto: {error}")

@@ -1,6 +1,7 @@
-"""A real server on a free port over a scripted engine; a real client; a bare stream for what a client never does."""
+"""A real server on a free port over a scripted engine, a real client, and a stream without its manners."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,6 +25,15 @@ async def running(engine: FakeEngine, **options: Any) -> AsyncIterator[Server]:
     finally:
         server.hurry()
         await server.stop()
+
+
+async def eventually(true: Callable[[], object]) -> None:
+    """Waits, for at most five seconds, until `true()` is."""
+    for _ in range(500):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("it never became true")
 
 
 class Wire:

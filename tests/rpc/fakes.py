@@ -4,13 +4,12 @@ It keeps the promises of `rpc.backend`, so the wire can be tested without a mode
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from engine import errors
 from engine.types import (
-    ConversationEvent,
     ConversationId,
     ConversationRecord,
     Delta,
@@ -30,135 +29,7 @@ from engine.types import (
     TurnRequest,
     Usage,
 )
-
-CONTEXT = 4096
-
-
-def tokens(text: str) -> tuple[int, ...]:
-    return tuple(ord(character) for character in text)
-
-
-def text_of(token_ids: Sequence[int]) -> str:
-    return "".join(chr(token_id) for token_id in token_ids)
-
-
-@dataclass
-class FakeConversation:
-    record: ConversationRecord
-    turns: list[TurnRecord] = field(default_factory=list)
-    requests: dict[TurnId, TurnRequest] = field(default_factory=dict)
-    log: list[ConversationEvent] = field(default_factory=list)
-    seq: int = 0
-    running: asyncio.Task[None] | None = None
-    running_id: TurnId | None = None
-    stop: FinishReason | None = None  # set to end the running turn
-    discard: bool = False
-    attachment: "FakeAttachment | None" = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def emit(self, make: Callable[[int], ConversationEvent]) -> None:
-        self.seq += 1
-        self.log.append(make(self.seq))
-        self.changed.set()
-
-    def committed_tokens(self) -> int:
-        return sum(len(turn.prompt_ids) + len(turn.reply_ids) for turn in self.turns)
-
-
-class FakeAttachment:
-    def __init__(self, engine: "FakeEngine", conversation: FakeConversation, after_seq: int) -> None:
-        self.engine = engine
-        self.conversation = conversation
-        self.conversation_id = conversation.record.id
-        self.resume_token = conversation.record.resume_token
-        self.committed_tokens = conversation.committed_tokens()
-        self.committed_turns = len(conversation.turns)
-        self.context_left = CONTEXT - self.committed_tokens
-        self.last_seq = conversation.seq
-        self.taken_seq = after_seq
-        self.num_taken = 0  # events that the stream took
-        self.ended: errors.EngineError | None = None
-        self.closed = False
-        self.detached = False
-
-    async def events(self) -> AsyncIterator[ConversationEvent]:
-        while True:
-            self.conversation.changed.clear()
-            waiting = [event for event in self.conversation.log if event.seq > self.taken_seq]
-            if waiting and not isinstance(self.ended, errors.AttachmentTaken):
-                event, count = waiting[0], 1
-                while isinstance(event, Delta) and count < len(waiting):
-                    following = waiting[count]
-                    if not isinstance(following, Delta) or following.turn_id != event.turn_id:
-                        break
-                    ids, text = event.token_ids + following.token_ids, event.text + following.text
-                    event, count = replace(event, seq=following.seq, token_ids=ids, text=text), count + 1
-                self.taken_seq = event.seq
-                self.num_taken += 1
-                yield event
-            elif self.ended is not None:
-                raise self.ended
-            elif self.closed:
-                return
-            else:
-                await self.conversation.changed.wait()
-
-    async def turn(self, request: TurnRequest) -> None:
-        await asyncio.sleep(0)
-        self.engine.seen.append(request)
-        if self.engine.refuse is not None:
-            raise self.engine.refuse
-        here = self.conversation
-        known = here.requests.get(request.turn_id)
-        if known is not None and known != request:
-            raise errors.AlreadyExists(
-                f"turn {request.turn_id} was used with other content; give it another id"
-            )
-        done = next((turn for turn in here.turns if turn.turn_id == request.turn_id), None)
-        if done is not None:
-            self.engine.replay(here, done)
-        elif here.running_id == request.turn_id:
-            return
-        elif here.running_id is not None:
-            raise errors.Conflict(
-                f"turn {here.running_id} is in flight in {here.record.id}; wait or cancel it"
-            )
-        elif self.engine.draining:
-            raise errors.Draining("the server is shutting down; reconnect and resume")
-        else:
-            self.engine.start(here, request, restarted=known is not None)
-
-    async def cancel(self, turn_id: TurnId, keep: bool) -> None:
-        if any(turn.turn_id == turn_id for turn in self.conversation.turns):
-            return  # over already
-        if self.conversation.running_id != turn_id:
-            raise errors.NotFound(f"turn {turn_id} is not in flight in {self.conversation_id}")
-        self.conversation.discard = not keep
-        self.engine.stop_turn(self.conversation, FinishReason.CANCELLED)
-
-    async def close(self, delete: bool) -> None:
-        if delete:
-            await self.engine.erase(self.conversation)
-        elif self.conversation.running is not None:
-            await asyncio.shield(self.conversation.running)
-        self.closed = True
-        self.conversation.changed.set()
-
-    def detach(self) -> None:
-        assert not self.closed
-        self.detached = True
-        self.engine.detached.set()
-
-        async def later() -> None:
-            await asyncio.sleep(self.engine.detach_grace_s)
-            if self.conversation.attachment is self:
-                self.engine.stop_turn(self.conversation, FinishReason.CANCELLED)
-
-        self.engine.tasks.add(asyncio.create_task(later()))
-
-    def end(self, error: errors.EngineError) -> None:
-        self.ended = error
-        self.conversation.changed.set()
+from tests.rpc.fake_conversation import CONTEXT, FakeAttachment, FakeConversation, text_of, tokens
 
 
 class FakeEngine:
@@ -167,12 +38,16 @@ class FakeEngine:
     def __init__(self) -> None:
         self.draining = False
         self.detach_grace_s = 0.0
+        self.greeting = "You said: "
         self.letters_per_token = 1  # more of them make a reply that fills every buffer on the way
         self.detached = asyncio.Event()  # some stream went away
         self.holding = asyncio.Event()  # some reply waits
         self.generation_ended = asyncio.Event()
         self.refuse: Exception | None = None  # what every turn is answered with
         self.fail_with: Exception | None = None  # what every turn fails with once it is accepted
+        self.blocked = ""  # the name of a method that never returns
+        self.reached = asyncio.Event()  # somebody waits in it
+        self.abandoned = asyncio.Event()  # and was cancelled there
         self.failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self.seen: list[object] = []
         self.tenants: list[Tenant] = []
@@ -189,16 +64,29 @@ class FakeEngine:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
+    async def pass_through(self, method: str) -> None:
+        if method == self.blocked:
+            self.reached.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.abandoned.set()
+
     def hold(self, num_tokens: int) -> None:
         self._hold_after = num_tokens
         self._released.clear()
         self.holding.clear()
+
+    def let_others_pass(self) -> None:
+        """Whoever waits goes on waiting, until it is cancelled."""
+        self._hold_after = None
 
     def release(self) -> None:
         self._hold_after = None
         self._released.set()
 
     async def open(self, tenant: Tenant, request: OpenRequest) -> FakeAttachment:
+        await self.pass_through("open")
         self.tenants.append(tenant)
         self.seen.append(request)
         self._check_running()
@@ -220,6 +108,7 @@ class FakeEngine:
         return self._attach(conversation, after_seq=0)
 
     async def resume(self, tenant: Tenant, request: ResumeRequest) -> FakeAttachment:
+        await self.pass_through("resume")
         self.seen.append(request)
         self._check_running()
         conversation = self._find(tenant, request.conversation_id)
@@ -239,6 +128,7 @@ class FakeEngine:
     async def get(
         self, tenant: Tenant, conversation_id: ConversationId
     ) -> tuple[ConversationRecord, list[TurnRecord]]:
+        await self.pass_through("get")
         conversation = self._find(tenant, conversation_id)
         return self._record(conversation), list(conversation.turns)
 
@@ -280,6 +170,7 @@ class FakeEngine:
             self.generation_ended.set()
 
     async def tokenize(self, text: str, allow_special: bool) -> Sequence[int]:
+        await self.pass_through("tokenize")
         return tokens(text)
 
     async def detokenize(self, token_ids: Sequence[int], skip_special: bool) -> str:
@@ -346,7 +237,7 @@ class FakeEngine:
         prompt = request.messages[-1].content if request.messages else text_of(request.token_ids)
         reply: list[int] = []
         reason = FinishReason.STOP_TOKEN
-        for token_id in tokens(f"You said: {prompt}"):
+        for token_id in tokens(self.greeting + prompt):
             await self._hold(len(reply))
             if conversation.stop is not None:
                 reason = conversation.stop
