@@ -1,4 +1,4 @@
-"""Floor 0: the operations a decoder is made of, each with its contract, its torch reference and its fast form.
+"""The operations a decoder is made of, each with its contract, its torch reference and its fast form.
 
     paged_attention   ragged rows over a paged KV cache -> (out, lse)      AttnMeta, paged_attention
     merge_state       join attention over disjoint parts of a cache        merge_state
@@ -9,7 +9,7 @@
     sampling          seeded draws that do not depend on batch mates       sample, SamplingRows
     dispatch          which implementation runs, and why                   implementation, describe, use
 
-Axis letters everywhere: T rows (tokens) of a step, S segments, H query heads, G KV heads, D head size, B device blocks,
+Axis letters: T rows (tokens) of a step, S segments, H query heads, G KV heads, D head size, B device blocks,
 P slots per block.  Import the modules themselves: this one stays light, because libraries that look for another
 distribution of the same name import it to read its version.
 """

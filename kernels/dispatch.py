@@ -6,7 +6,7 @@ Decided at the first call, which compiles the C code if nobody has done so befor
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -49,7 +49,7 @@ def describe() -> str:
 
 @contextmanager
 def use(name: Implementation, isa: InstructionSet | None = None) -> Iterator[None]:
-    """Run the body under another implementation, or another build.  For tests and benchmarks: it changes the process.
+    """Run the body under another implementation or build.  For tests and benchmarks: it changes the process.
 
     Raises BuildError or OSError where `isa`, by default the best one, cannot be built or loaded.
     """
@@ -72,9 +72,13 @@ def _native(isa: InstructionSet) -> _Choice:
 
 @functools.cache
 def _default() -> _Choice:
-    if not supported():
-        return _Choice(None, "torch (native kernels need Linux on x86-64 with AVX2)")
-    try:
-        return _native(supported()[0])
-    except (BuildError, OSError) as error:
-        return _Choice(None, f"torch ({error})")
+    failures: list[str] = []
+    for isa in supported():
+        try:
+            choice = _native(isa)
+        except (BuildError, OSError) as error:
+            failures.append(f"{isa.title}: {error}")
+        else:
+            return replace(choice, description="; ".join((choice.description, *failures)))
+    reason = failures[0].partition(": ")[2] if failures else "native kernels need Linux on x86-64 with AVX2"
+    return _Choice(None, f"torch ({reason})")

@@ -2,6 +2,7 @@
 
 import ctypes
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from kernels import dispatch
 from kernels.native import AttentionArgs, Library
 
 _ROWS_AT_ONCE = 256  # bounds the score matrix of the reference: [G, 256 * H / G, keys] in fp32
+_MOST_POSITIONS = 2**31 - 1024  # positions are 32-bit in the C kernel, which rounds them up to whole chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,16 +19,18 @@ class AttnMeta:
     """Where a step's rows stand and where their keys lie.  Built once per step, read by every layer.
 
     Segment s owns rows q_indptr[s] : q_indptr[s + 1], at consecutive positions from first_pos[s].
+    Raises ValueError for a tensor of another dtype, shape or layout.
     """
 
     q_indptr: Tensor  # [S + 1] int32, from 0 to T
     first_pos: Tensor  # [S] int32, absolute position of the segment's first row
     block_tables: (
-        Tensor  # [S, maxB] int32, device block of each block of the conversation; -1 = hole, not attended
+        Tensor  # [S, maxB] int32, device block of each block of a conversation; -1 = hole, not attended
     )
     positions: Tensor  # [T] int64, absolute position of each row
     slots: Tensor  # [T] int64, block * P + offset where the row's K and V go; -1 = nowhere
-    plans: dict[object, "_Plan"] = field(default_factory=dict, init=False, repr=False, compare=False)
+    plans: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What kernels derived from these tensors and checked about them; the first layer of a step fills it."""
 
     def __post_init__(self) -> None:
         segments, rows = self.first_pos.numel(), self.positions.numel()
@@ -40,14 +44,14 @@ class AttnMeta:
         for name, (dtype, shape) in expected.items():
             tensor: Tensor = getattr(self, name)
             if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} must be contiguous {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-                )
+                given = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"{name} must be contiguous {dtype} {list(shape)}, got {given}")
 
 
 def paged_attention_ref(
     q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
+    """The same in torch, one segment at a time; lse has at least fp32, fp64 for q in fp64."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide)
     bounds = meta.q_indptr.tolist()
@@ -56,7 +60,7 @@ def paged_attention_ref(
             rows = slice(row, min(row + _ROWS_AT_ONCE, end))
             attended = _attend(q[rows], kv, meta.block_tables[segment], meta.positions[rows], scale, window)
             out[rows], lse[rows] = attended
-    return out, lse if wide == torch.float64 else lse.float()
+    return out, lse
 
 
 def _attend(
@@ -96,11 +100,13 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q K^T) V over the keys each row may see.
 
-    q: [T, H, D]; kv: [B, 2, G, P, D], keys at [:, 0], values at [:, 1], same dtype as q; H is a multiple of G, query
-    head h reads KV head h // (H / G).  The row at position p sees every position <= p whose block is present in its
-    segment's table and, with a window, > p - window.
-    Returns out [T, H, D] in q's dtype and lse [T, H] fp32, the natural log of the sum of exponentials, for merge_state.
-    A row that sees no key gives (0, -inf).  Slots that no row sees are never interpreted: they may hold NaN.
+    q: [T, H, D]; kv: [B, 2, G, P, D] of q's dtype, keys at [:, 0], values at [:, 1]; query head h reads KV head
+    h // (H / G).  The row at position p sees every position <= p whose block is present in its segment's table
+    and, with a window, > p - window.
+    Returns out [T, H, D] in q's dtype and lse [T, H] fp32, the natural log of the sum of exponentials, as
+    merge_state takes it.  A row that sees no key gives (0, -inf).  Slots that no row sees may hold NaN.
+    The native kernel gives a row the same bits alone and in any batch, alone and among rows of its segment.
+    Raises ValueError for arguments that do not fit together.
     """
     library = dispatch.library()
     if library is None or not _native_covers(q, kv):
@@ -108,32 +114,33 @@ def paged_attention(
     key = (library, q.shape, q.dtype, kv.shape, kv.stride(0), scale, window)
     plan = meta.plans.get(key)
     if plan is None:
-        plan = meta.plans[key] = _Plan(library, q, kv, meta, scale, window)
-    return plan.run(q.contiguous(), kv)
+        plan = meta.plans[key] = _plan(library, q, kv, meta, scale, window)
+    q = q.contiguous()
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    if library.paged_attention(plan, q.data_ptr(), kv.data_ptr(), out.data_ptr(), lse.data_ptr()):
+        raise MemoryError(f"no memory for the partial results of {len(q)} rows of attention")
+    return out, lse
 
 
 def _native_covers(q: Tensor, kv: Tensor) -> bool:
     return dispatch.covers(q) and q.shape[2] <= 256 and kv.shape[3] in (16, 32, 64)
 
 
-class _Plan:
+def _plan(
+    library: Library, q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None
+) -> object:
     """What the native kernel needs to know beyond q and kv: checked once per step, used by every layer."""
-
-    def __init__(
-        self, library: Library, q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None
-    ) -> None:
-        _check(q, kv, meta)
-        _, heads, size = q.shape
-        self._function = library.paged_attention
-        self._args = AttentionArgs(
+    _check(q, kv, meta, window)
+    return ctypes.pointer(
+        AttentionArgs(
             q_indptr=meta.q_indptr.data_ptr(),
             first_pos=meta.first_pos.data_ptr(),
             block_tables=meta.block_tables.data_ptr(),
             segments=meta.first_pos.numel(),
             table_width=meta.block_tables.shape[1],
-            heads=heads,
+            heads=q.shape[1],
             kv_heads=kv.shape[2],
-            size=size,
+            size=q.shape[2],
             slots=kv.shape[3],
             block_stride=kv.stride(0),
             window=window or 0,
@@ -141,36 +148,35 @@ class _Plan:
             threads=torch.get_num_threads(),
             scale=scale,
         )
-        self._address = ctypes.byref(self._args)
-
-    def run(self, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        if self._function(self._address, q.data_ptr(), kv.data_ptr(), out.data_ptr(), lse.data_ptr()):
-            raise MemoryError(f"no memory for the partial results of {len(q)} rows of attention")
-        return out, lse
+    )
 
 
-def _check(q: Tensor, kv: Tensor, meta: AttnMeta) -> None:
+def _check(q: Tensor, kv: Tensor, meta: AttnMeta, window: int | None) -> None:
     """What the native kernel takes for granted.  Raises ValueError, which names the argument."""
     rows, heads, size = q.shape
     blocks, two, kv_heads, slots, kv_size = kv.shape
     if kv.dtype != q.dtype:
         raise ValueError(f"kv must have q's dtype {q.dtype}, got {kv.dtype}")
     if two != 2 or kv_size != size or heads % kv_heads or size % 2:
-        raise ValueError(f"kv {list(kv.shape)} does not fit q {list(q.shape)}: want [B, 2, G, P, {size}], G | {heads}")
+        wanted = f"[B, 2, G, P, {size}] with an even {size} and a G that divides {heads}"
+        raise ValueError(f"kv must be {wanted} to go with q {list(q.shape)}, got {list(kv.shape)}")
     if blocks and not kv[0].is_contiguous():
         raise ValueError(f"each block of kv must be contiguous, got strides {kv.stride()}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, got {window}")
     lengths = meta.q_indptr.diff()
     if meta.q_indptr[0] != 0 or meta.q_indptr[-1] != rows or (lengths < 0).any():
         raise ValueError(f"q_indptr must ascend from 0 to {rows} rows, got {meta.q_indptr.tolist()}")
-    starts = (meta.first_pos - meta.q_indptr[:-1]).long()
-    expected = torch.repeat_interleave(starts, lengths.long()) + torch.arange(rows)
-    if not torch.equal(expected, meta.positions):
+    starts = torch.repeat_interleave((meta.first_pos - meta.q_indptr[:-1]).long(), lengths.long())
+    if not torch.equal(starts + torch.arange(rows), meta.positions):
         raise ValueError("positions must ascend by one from first_pos within each segment")
-    if rows and not (0 <= int(meta.positions.min()) and int(meta.positions.max()) < 2**31 - 1024):
-        raise ValueError(f"positions must lie in [0, 2^31 - 1024), got {meta.positions.min()} .. {meta.positions.max()}")
-    needed = -(-int((meta.first_pos + lengths).max()) // slots) if rows else 0
-    if meta.block_tables.shape[1] < needed:
-        raise ValueError(f"block_tables must be {needed} blocks wide for these positions, got {meta.block_tables.shape[1]}")
-    if meta.block_tables.numel() and int(meta.block_tables.max()) >= blocks:
-        raise ValueError(f"block_tables names block {meta.block_tables.max()}, kv has {blocks}")
+    if not rows:
+        return
+    least, most = int(meta.positions.min()), int(meta.positions.max())
+    if least < 0 or most >= _MOST_POSITIONS:
+        raise ValueError(f"positions must lie in [0, {_MOST_POSITIONS}), got {least} .. {most}")
+    width = meta.block_tables.shape[1]
+    if width < most // slots + 1:
+        raise ValueError(f"block_tables must be {most // slots + 1} wide for position {most}, got {width}")
+    if int(meta.block_tables.max()) >= blocks:
+        raise ValueError(f"block_tables names block {int(meta.block_tables.max())}, kv has {blocks}")

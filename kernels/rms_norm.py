@@ -18,7 +18,7 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight.  x: [..., N], weight: [N], same dtype -> as x, contiguous.
 
-    Normalised in fp32, rounded to x's dtype, then multiplied by weight: the order in which models are trained.
+    Normalised in fp32, rounded to x's dtype, then multiplied by weight: the order models are trained in.
     """
     library = dispatch.library()
     if library is None or not dispatch.covers(x):

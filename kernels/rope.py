@@ -1,5 +1,7 @@
 """Rotary position embedding of q and k, together with the write of k and v into the cache."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from kernels.paged_attention import AttnMeta
 
 
 def rope_ref(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate halves (Hugging Face convention).  x: [T, X, D]; cos_sin: [T, D], this row's cosines, then its sines."""
+    """Rotate halves (Hugging Face convention).  x: [T, H, D]; cos_sin: [T, D], cosines, then sines."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     first, second = wide.chunk(2, dim=-1)
     cos, sin = cos_sin[:, None].chunk(2, dim=-1)
@@ -26,22 +28,23 @@ def rope_kv_write_ref(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tens
 
 
 def rope_kv_write(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, meta: AttnMeta) -> Tensor:
-    """Rotate q and k at meta.positions; write rotated k, and v, into kv at meta.slots; return rotated q, contiguous.
+    """Rotate q and k at meta.positions; write rotated k, and v, into kv at meta.slots; return rotated q.
 
-    q: [T, H, D]; k, v: [T, G, D]; they may be views of one fused row.  cos_sin: [M, D] fp32, for each position D/2
-    cosines, then D/2 sines.  kv: [B, 2, G, P, D].  Computed in fp32, rounded once.  Slot -1 writes nothing.
+    q: [T, H, D]; k, v: [T, G, D]; they may be views of one fused row.  cos_sin: [M, D] fp32, D/2 cosines, then
+    D/2 sines, for each position.  kv: [B, 2, G, P, D].  Computed in fp32, rounded once.  Slot -1 writes nothing.
+    The result is contiguous.  Raises ValueError for arguments that do not fit together.
     """
     library = dispatch.library()
     if library is None or not dispatch.covers(q):
         return rope_kv_write_ref(q, k, v, cos_sin, kv, meta)
-    key = (library, q.shape, q.stride(), k.stride(), v.stride(), q.dtype, cos_sin.shape, kv.shape, kv.stride(0))
+    strides = q.stride(), k.stride(), v.stride(), kv.stride(0)
+    key = (q.shape, k.dtype, v.dtype, q.dtype, cos_sin.shape, kv.shape, strides)
     plan = meta.plans.get(key)
     if plan is None:
         plan = meta.plans[key] = _plan(q, k, v, cos_sin, kv, meta)
     out = q.new_empty(q.shape)
-    library.rope_kv_write(
-        plan, q.data_ptr(), k.data_ptr(), v.data_ptr(), cos_sin.data_ptr(), kv.data_ptr(), out.data_ptr()
-    )
+    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), cos_sin.data_ptr(), kv.data_ptr(), out.data_ptr()
+    library.rope_kv_write(plan, *addresses)
     return out
 
 
@@ -51,32 +54,35 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, meta: At
     blocks, _, kv_heads, slots, _ = kv.shape
     for name, x, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads)):
         if x.shape != (rows, count, size) or x.dtype != kv.dtype or x.stride()[1:] != (size, 1):
-            raise ValueError(
-                f"{name} must be {kv.dtype} {[rows, count, size]} with whole rows side by side, "
-                f"got {x.dtype} {list(x.shape)} with strides {x.stride()}"
-            )
+            wanted = f"{kv.dtype} {[rows, count, size]} with strides (any, {size}, 1)"
+            raise ValueError(f"{name} must be {wanted}, got {x.dtype} {list(x.shape)} with {x.stride()}")
     if kv.shape != (blocks, 2, kv_heads, slots, size) or (blocks and not kv[0].is_contiguous()):
-        raise ValueError(f"kv must be [B, 2, G, P, {size}] with contiguous blocks, got {list(kv.shape)}")
+        given = f"{list(kv.shape)} with strides {kv.stride()}"
+        raise ValueError(f"kv must be [B, 2, G, P, {size}] with contiguous blocks, got {given}")
     if cos_sin.dtype != torch.float32 or cos_sin.shape[1] != size or not cos_sin.is_contiguous():
         raise ValueError(f"cos_sin must be float32 [M, {size}], got {cos_sin.dtype} {list(cos_sin.shape)}")
     if rows != meta.positions.numel():
         raise ValueError(f"q has {rows} rows, meta has {meta.positions.numel()}")
-    if rows and not (0 <= int(meta.positions.min()) and int(meta.positions.max()) < len(cos_sin)):
-        raise ValueError(f"position {int(meta.positions.max())} is beyond the {len(cos_sin)} rows of cos_sin")
-    if rows and int(meta.slots.max()) >= blocks * slots:
-        raise ValueError(f"slot {int(meta.slots.max())} is beyond the {blocks} blocks of {slots} slots of kv")
-    return RopeArgs(
-        positions=meta.positions.data_ptr(),
-        slots=meta.slots.data_ptr(),
-        rows=rows,
-        heads=heads,
-        kv_heads=kv_heads,
-        size=size,
-        slots_per_block=slots,
-        block_stride=kv.stride(0),
-        q_stride=q.stride(0),
-        k_stride=k.stride(0),
-        v_stride=v.stride(0),
-        is_bf16=q.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
+    if rows:
+        least, most, slot = int(meta.positions.min()), int(meta.positions.max()), int(meta.slots.max())
+        if least < 0 or most >= len(cos_sin):
+            raise ValueError(f"positions {least} .. {most} are not all in the {len(cos_sin)} rows of cos_sin")
+        if slot >= blocks * slots:
+            raise ValueError(f"slot {slot} is beyond the {blocks} blocks of {slots} slots of kv")
+    return ctypes.pointer(
+        RopeArgs(
+            positions=meta.positions.data_ptr(),
+            slots=meta.slots.data_ptr(),
+            rows=rows,
+            heads=heads,
+            kv_heads=kv_heads,
+            size=size,
+            slots_per_block=slots,
+            block_stride=kv.stride(0),
+            q_stride=q.stride(0),
+            k_stride=k.stride(0),
+            v_stride=v.stride(0),
+            is_bf16=q.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+        )
     )

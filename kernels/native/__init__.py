@@ -1,4 +1,4 @@
-"""The C kernels, loaded by ctypes.  The calls take raw addresses: whoever calls has checked shapes and dtypes."""
+"""The C kernels, loaded by ctypes.  Calls take raw addresses: whoever calls has checked shapes and dtypes."""
 
 import ctypes
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
@@ -33,7 +33,10 @@ class RopeArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("positions", "slots")),
-        *((name, c_int64) for name in ("rows", "heads", "kv_heads", "size", "slots_per_block", "block_stride")),
+        *(
+            (name, c_int64)
+            for name in ("rows", "heads", "kv_heads", "size", "slots_per_block", "block_stride")
+        ),
         *((name, c_int64) for name in ("q_stride", "k_stride", "v_stride", "is_bf16", "threads")),
     )
 

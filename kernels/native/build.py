@@ -1,7 +1,8 @@
 """Compiles the C kernels: one shared library per instruction set, about a second each, kept under a name that
 changes with source, flags and compiler.  `python -m kernels.native.build` builds what this CPU can run.
 
-The libraries use the OpenMP runtime that torch has loaded: two runtimes in one process would each keep a thread per core.
+The libraries use the OpenMP runtime that torch has loaded: two runtimes in one process would each keep a
+thread per core.
 """
 
 import functools
@@ -21,9 +22,11 @@ import torch
 
 _HERE = Path(__file__).parent
 _SOURCES = ("attention.c", "rowwise.c")
-_HEADERS = ("simd.h",)
-_FLAGS = ("-O3", "-std=gnu11", "-Wall", "-Wextra", "-Wno-sign-compare", "-fPIC", "-fopenmp", "-fno-math-errno")
-_SAME_BITS = ("-ffp-contract=off",)  # products are fused where the source says so, never where the compiler likes
+_HEADERS = ("simd.h", "product.h", "load.h")
+_FLAGS = (
+    *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno"),
+    "-ffp-contract=off",  # products are fused where the source says so, never where the compiler likes
+)
 _TIMEOUT_S = 120
 
 
@@ -57,13 +60,17 @@ INSTRUCTION_SETS = (  # best first
 
 
 @functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What the CPU can do, in the words of /proc/cpuinfo; empty on anything but Linux on x86-64."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return frozenset()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+
+
 def supported() -> tuple[InstructionSet, ...]:
     """The instruction sets this machine can run, best first; none where the kernels do not apply at all."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return ()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = set(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
-    return tuple(isa for isa in INSTRUCTION_SETS if isa.cpu_flags <= flags)
+    return tuple(isa for isa in INSTRUCTION_SETS if isa.cpu_flags <= cpu_flags())
 
 
 def build(isa: InstructionSet) -> Path:
@@ -91,8 +98,10 @@ def _compile(compiler: str, isa: InstructionSet, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         sources = [str(_HERE / source) for source in _SOURCES]
         objects = [Path(source).with_suffix(".o").name for source in _SOURCES]
-        _run([compiler, *_FLAGS, *_SAME_BITS, *isa.compiler_flags, "-c", *sources], work)
-        _run([compiler, "-shared", "-Wl,-z,defs", *objects, _openmp_runtime(), "-lm", "-o", "kernels.so"], work)
+        _run([compiler, *_FLAGS, *isa.compiler_flags, "-c", *sources], work)
+        _run(
+            [compiler, "-shared", "-Wl,-z,defs", *objects, _openmp_runtime(), "-lm", "-o", "kernels.so"], work
+        )
         os.replace(Path(work) / "kernels.so", target)  # whole or not at all, whoever else builds it now
 
 
@@ -114,7 +123,7 @@ def _openmp_runtime() -> str:
 
 
 def _fingerprint(isa: InstructionSet) -> str:
-    digest = hashlib.sha256(repr((_FLAGS, _SAME_BITS, isa.compiler_flags, _openmp_runtime())).encode())
+    digest = hashlib.sha256(repr((_FLAGS, isa.compiler_flags, _openmp_runtime())).encode())
     for file in (*_SOURCES, *_HEADERS):
         digest.update((_HERE / file).read_bytes())
     return digest.hexdigest()[:16]

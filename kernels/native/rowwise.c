@@ -1,13 +1,14 @@
 /* The operations on single rows: kernels/{rms_norm,silu_mul,rope}.py have the contracts and the references.
  *
- * Every row is computed by itself in one fixed order, so its bits do not depend on how many rows there are.  Strides are
- * in elements, `is_bf16` says what they are; arithmetic is fp32.
+ * Every row is computed by itself in one fixed order, so its bits do not depend on how many rows there are.  Strides
+ * are in elements, `is_bf16` says what these are; arithmetic is fp32.
  */
 #include "simd.h"
 
 INLINE int smaller(int a, int b) { return a < b ? a : b; }
-INLINE const void *at(const void *p, int64_t element, int is_bf16) { return (const char *)p + element * (is_bf16 ? 2 : 4); }
-INLINE void *to(void *p, int64_t element, int is_bf16) { return (char *)p + element * (is_bf16 ? 2 : 4); }
+INLINE int64_t bytes(int64_t elements, int is_bf16) { return elements * (is_bf16 ? 2 : 4); }
+INLINE const void *at(const void *p, int64_t element, int is_bf16) { return (const char *)p + bytes(element, is_bf16); }
+INLINE void *to(void *p, int64_t element, int is_bf16) { return (char *)p + bytes(element, is_bf16); }
 INLINE lanes rounded(lanes x, int is_bf16) { return is_bf16 ? (lanes)(bf16_bits(x) << 16) : x; }
 
 enum { WORTH_A_THREAD = 1 << 15 }; /* elements: below this, waking threads costs more than they save */
@@ -17,8 +18,8 @@ struct norm { /* mirrored by kernels/native/__init__.py */
     float eps;
 };
 
-INLINE void norm_row(const int is_bf16, int size, float eps, const void *x, const void *residual, const void *weight, void *out,
-                     void *total) {
+INLINE void norm_row(const int is_bf16, int size, float eps, const void *x, const void *residual, const void *weight,
+                     void *out, void *total) {
     lanes squares[4] = {splat(0), splat(0), splat(0), splat(0)};
     for (int d = 0; d < size; d += VL) {
         int n = smaller(VL, size - d);
@@ -65,7 +66,8 @@ void silu_mul(const void *x, void *out, int64_t rows, int64_t size, int64_t stri
         void *row = to(out, t * size, is_bf16);
         for (int d = 0; d < size; d += VL) {
             int n = smaller(VL, size - d);
-            lanes g = load_as_float(at(gate, d, is_bf16), n, is_bf16), u = load_as_float(at(up, d, is_bf16), n, is_bf16);
+            lanes g = load_as_float(at(gate, d, is_bf16), n, is_bf16);
+            lanes u = load_as_float(at(up, d, is_bf16), n, is_bf16);
             store_as(to(row, d, is_bf16), silu(g) * u, n, is_bf16);
         }
     }
@@ -80,7 +82,8 @@ struct rope { /* mirrored by kernels/native/__init__.py */
 INLINE void rotate(const int is_bf16, int half, const void *x, const float *cos_sin, void *out) {
     for (int d = 0; d < half; d += VL) {
         int n = smaller(VL, half - d);
-        lanes first = load_as_float(at(x, d, is_bf16), n, is_bf16), second = load_as_float(at(x, half + d, is_bf16), n, is_bf16);
+        lanes first = load_as_float(at(x, d, is_bf16), n, is_bf16);
+        lanes second = load_as_float(at(x, half + d, is_bf16), n, is_bf16);
         lanes cos = load_as_float(cos_sin + d, n, 0), sin = load_as_float(cos_sin + half + d, n, 0);
         store_as(to(out, d, is_bf16), fma_(first, cos, -(second * sin)), n, is_bf16);
         store_as(to(out, half + d, is_bf16), fma_(second, cos, first * sin), n, is_bf16);
@@ -88,8 +91,9 @@ INLINE void rotate(const int is_bf16, int half, const void *x, const float *cos_
 }
 
 /* q [T, H, D] rotated into out; k rotated and v copied into their slots of kv [B, 2, G, P, D]. */
-void rope_kv_write(const struct rope *a, const void *q, const void *k, const void *v, const float *cos_sin, void *kv, void *out) {
-    int64_t half = a->size / 2, per_block = a->slots_per_block * a->size, width = a->is_bf16 ? 2 : 4;
+void rope_kv_write(const struct rope *a, const void *q, const void *k, const void *v, const float *cos_sin, void *kv,
+                   void *out) {
+    int64_t half = a->size / 2, per_block = a->slots_per_block * a->size;
 #pragma omp parallel for num_threads(a->threads) if (a->threads > 1 && a->rows * a->heads * a->size > WORTH_A_THREAD)
     for (int64_t t = 0; t < a->rows; t++) {
         const float *turn = cos_sin + a->positions[t] * a->size;
@@ -101,7 +105,7 @@ void rope_kv_write(const struct rope *a, const void *q, const void *k, const voi
         for (int64_t g = 0; g < a->kv_heads; g++, slot += per_block) {
             rotate(a->is_bf16, half, at(k, t * a->k_stride + g * a->size, a->is_bf16), turn, to(kv, slot, a->is_bf16));
             __builtin_memcpy(to(kv, slot + a->kv_heads * per_block, a->is_bf16),
-                             at(v, t * a->v_stride + g * a->size, a->is_bf16), a->size * width);
+                             at(v, t * a->v_stride + g * a->size, a->is_bf16), bytes(a->size, a->is_bf16));
         }
     }
 }

@@ -100,7 +100,8 @@ INLINE void store_as(void *p, lanes x, int count, int is_bf16) {
     } else if (is_bf16) {
         bits rounded = bf16_bits(x);
 #if VL == 16
-        _mm256_mask_storeu_epi16(p, count >= VL ? 0xffff : (1u << count) - 1, _mm512_cvtepi32_epi16((__m512i)rounded));
+        __mmask16 some = count >= VL ? 0xffff : (1u << count) - 1;
+        _mm256_mask_storeu_epi16(p, some, _mm512_cvtepi32_epi16((__m512i)rounded));
 #else
         for (int i = 0; i < count && i < VL; i++) ((uint16_t *)p)[i] = (uint16_t)rounded[i];
 #endif
@@ -129,7 +130,9 @@ INLINE void transpose(bits v[VL]) {
     bits t[VL];
 #if VL == 16
 #define U(op, a, b) (bits) _mm512_##op((__m512i)a, (__m512i)b)
-    UNROLL for (int i = 0; i < 16; i += 2) t[i] = U(unpacklo_epi32, v[i], v[i + 1]), t[i + 1] = U(unpackhi_epi32, v[i], v[i + 1]);
+    UNROLL for (int i = 0; i < 16; i += 2) {
+        t[i] = U(unpacklo_epi32, v[i], v[i + 1]), t[i + 1] = U(unpackhi_epi32, v[i], v[i + 1]);
+    }
     UNROLL for (int i = 0; i < 16; i += 4) {
         v[i] = U(unpacklo_epi64, t[i], t[i + 2]), v[i + 1] = U(unpackhi_epi64, t[i], t[i + 2]);
         v[i + 2] = U(unpacklo_epi64, t[i + 1], t[i + 3]), v[i + 3] = U(unpackhi_epi64, t[i + 1], t[i + 3]);
@@ -147,7 +150,9 @@ INLINE void transpose(bits v[VL]) {
 #undef Q
 #else
 #define U(op, a, b) (bits) _mm256_##op((__m256i)a, (__m256i)b)
-    UNROLL for (int i = 0; i < 8; i += 2) t[i] = U(unpacklo_epi32, v[i], v[i + 1]), t[i + 1] = U(unpackhi_epi32, v[i], v[i + 1]);
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        t[i] = U(unpacklo_epi32, v[i], v[i + 1]), t[i + 1] = U(unpackhi_epi32, v[i], v[i + 1]);
+    }
     bits w[VL];
     UNROLL for (int i = 0; i < 8; i += 4) {
         w[i] = U(unpacklo_epi64, t[i], t[i + 2]), w[i + 1] = U(unpackhi_epi64, t[i], t[i + 2]);
