@@ -33,7 +33,7 @@ def turns_of(seed: int) -> list[list[int]]:
 
 
 def assert_same(ours: Tensor, expected: Tensor) -> None:
-    """Bit for bit with the native kernels, where a float32 row does not depend on the others; else to rounding."""
+    """Bit for bit with the native kernels, whose float32 rows are independent; else to rounding."""
     tolerance = 0.0 if implementation() == "native" else ROUNDING
     torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
 
