@@ -112,7 +112,7 @@ class Talk:
         try:
             if self._chat is None:
                 self._chat = await self._client.open(self._system)
-            reply = self._chat.say(text)
+            reply, self._cancelling = self._chat.say(text), None
             with _on_ctrl_c(self._cancel):
                 async for delta in reply:
                     self._screen.reply(delta)
@@ -124,7 +124,7 @@ class Talk:
 
     def _cancel(self) -> None:
         """The first Ctrl-C ends the reply, a second one the program."""
-        if self._cancelling is not None and not self._cancelling.done():
+        if self._cancelling is not None:
             raise KeyboardInterrupt
         self._cancelling = asyncio.create_task(self._cancel_turn())
 
