@@ -10,8 +10,8 @@
     dispatch          which implementation runs, and why                   implementation, describe, use
 
 Axis letters: T rows (tokens) of a step, S segments, H query heads, G KV heads, D head size, B device blocks,
-P slots per block.  Import the modules themselves: this one stays light, because libraries that look for another
-distribution of the same name import it to read its version.
+P slots per block.  Import the modules themselves: this one stays light, because libraries that look for
+another distribution of the same name import it to read its version.
 """
 
 __version__ = "0.1.0"

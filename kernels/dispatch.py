@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels.native import Library, load
 from kernels.native.build import BuildError, InstructionSet, supported
+from kernels.native.library import Library, load
 
 Implementation = Literal["native", "torch"]
 

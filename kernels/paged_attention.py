@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.native import AttentionArgs, Library
+from kernels.native.library import AttentionArgs, Library
 
 _ROWS_AT_ONCE = 256  # bounds the score matrix of the reference: [G, 256 * H / G, keys] in fp32
 _MOST_POSITIONS = 2**31 - 1024  # positions are 32-bit in the C kernel, which rounds them up to whole chunks
@@ -100,9 +100,9 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q K^T) V over the keys each row may see.
 
-    q: [T, H, D]; kv: [B, 2, G, P, D] of q's dtype, keys at [:, 0], values at [:, 1]; query head h reads KV head
-    h // (H / G).  The row at position p sees every position <= p whose block is present in its segment's table
-    and, with a window, > p - window.
+    q: [T, H, D]; kv: [B, 2, G, P, D] of q's dtype, keys at [:, 0], values at [:, 1]; query head h reads KV
+    head h // (H / G).  The row at position p sees every position <= p whose block is present in its segment's
+    table and, with a window, > p - window.
     Returns out [T, H, D] in q's dtype and lse [T, H] fp32, the natural log of the sum of exponentials, as
     merge_state takes it.  A row that sees no key gives (0, -inf).  Slots that no row sees may hold NaN.
     The native kernel gives a row the same bits alone and in any batch, alone and among rows of its segment.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.native import NormArgs
+from kernels.native.library import NormArgs
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:

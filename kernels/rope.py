@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.native import RopeArgs
+from kernels.native.library import RopeArgs
 from kernels.paged_attention import AttnMeta
 
 
@@ -30,9 +30,9 @@ def rope_kv_write_ref(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tens
 def rope_kv_write(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, meta: AttnMeta) -> Tensor:
     """Rotate q and k at meta.positions; write rotated k, and v, into kv at meta.slots; return rotated q.
 
-    q: [T, H, D]; k, v: [T, G, D]; they may be views of one fused row.  cos_sin: [M, D] fp32, D/2 cosines, then
-    D/2 sines, for each position.  kv: [B, 2, G, P, D].  Computed in fp32, rounded once.  Slot -1 writes nothing.
-    The result is contiguous.  Raises ValueError for arguments that do not fit together.
+    q: [T, H, D]; k, v: [T, G, D]; they may be views of one fused row.  cos_sin: [M, D] fp32, D/2 cosines
+    and D/2 sines of each position.  kv: [B, 2, G, P, D].  Computed in fp32, rounded once; slot -1 writes
+    nothing.  The result is contiguous.  Raises ValueError for arguments that do not fit together.
     """
     library = dispatch.library()
     if library is None or not dispatch.covers(q):

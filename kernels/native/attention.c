@@ -15,7 +15,7 @@
 enum { CHUNK = 512, ROWS = 32, GRAIN = 32, MAX_SIZE = 256 };
 enum { WORTH_A_THREAD = 1 << 16 }; /* bytes of keys and values: below this, waking threads costs more than they save */
 
-struct attention { /* mirrored by kernels/native/__init__.py; strides in elements */
+struct attention { /* mirrored by kernels/native/library.py; strides in elements */
     const int32_t *q_indptr, *first_pos, *block_tables;
     int64_t segments, table_width;
     int64_t heads, kv_heads, size, slots; /* H, G, D, P */

@@ -13,7 +13,7 @@ INLINE lanes rounded(lanes x, int is_bf16) { return is_bf16 ? (lanes)(bf16_bits(
 
 enum { WORTH_A_THREAD = 1 << 15 }; /* elements: below this, waking threads costs more than they save */
 
-struct norm { /* mirrored by kernels/native/__init__.py */
+struct norm { /* mirrored by kernels/native/library.py */
     int64_t rows, size, x_stride, residual_stride, is_bf16, threads;
     float eps;
 };
@@ -73,7 +73,7 @@ void silu_mul(const void *x, void *out, int64_t rows, int64_t size, int64_t stri
     }
 }
 
-struct rope { /* mirrored by kernels/native/__init__.py */
+struct rope { /* mirrored by kernels/native/library.py */
     const int64_t *positions, *slots;
     int64_t rows, heads, kv_heads, size, slots_per_block, block_stride;
     int64_t q_stride, k_stride, v_stride, is_bf16, threads;
