@@ -86,7 +86,6 @@ async def _play_both(model: Path, screen: Screen) -> Score:
         async with Stage(model, "--data-dir", data_dir) as stage:
             num_cut_off = await _play_kept(stage, cast, screen)
             await _play_control(stage.client, control, screen)
-    screen.act("The same once more, with the whole history sent and read again every turn.")
     async with Stage(model, "--data-dir", "none", "--stateless") as stage:
         await _play_resent(stage.client, again, screen)
     score = Score(cast, control, again, num_cut_off, is_bundled, time.perf_counter() - begin)
@@ -97,64 +96,61 @@ async def _play_both(model: Path, screen: Screen) -> Score:
 
 async def _play_kept(stage: Stage, cast: Cast, screen: Screen) -> int:
     """The story with a server that keeps conversations.  Returns how many replies the kill cut off."""
-    friends = cast.friends
+    friends, visitors = cast.friends, cast.visitors
+
     screen.act(f"{len(friends)} friends tell a server about themselves, all at once.")
     await _keep(stage.client, friends)
-    with screen.counting("talking", cast.num_opening - 2) as count:
-        told = await play(friends, cast.num_opening - 2, count)
+    with screen.counting("talking", cast.num_opening) as count:
+        told = await play(friends, cast.num_opening, count)
     for exchange in [exchange for exchange in told if exchange.tells][:3]:
         screen.dialogue(exchange)
-    screen.note(
-        f"{len(told)} turns; {sum(e.turn.usage.recomputed_tokens for e in told):,} tokens read twice."
-    )
+    screen.note(f"{len(told)} turns, and {_sum(told, 'recomputed_tokens'):,} tokens were read twice.")
 
-    screen.act(
-        f"{len(cast.visitors)} visitors tell long stories. Memory is too small for all: the friends' KV goes."
-    )
-    await _keep(stage.client, cast.visitors)
-    with screen.counting("visiting", len(cast.visitors[0].steps)) as count:
-        await play(cast.visitors, after_turn=count)
+    screen.act(f"{len(visitors)} visitors tell long stories. The friends' idle KV makes room for them.")
+    await _keep(stage.client, visitors)
+    with screen.counting("visiting", len(visitors[0].steps)) as count:
+        await play(visitors, after_turn=count)
     back = await play(friends, 1)
     again, all_tokens = _sum(back, "recomputed_tokens"), _sum(back, "prompt_tokens")
     screen.note(f"The friends come back: {again:,} of their {all_tokens:,} tokens are computed again.")
 
     screen.act("kill -9, in the middle of their next replies.")
-    pid, begin = stage.server.pid, time.perf_counter()
+    begin, pid = time.perf_counter(), stage.server.pid
     cut_off = await _say_and_kill(friends, stage)
+    screen.note(f"Server {pid} died during {len(cut_off)} of {len(friends)} replies.")
+    await stage.restart()
     await _resume(stage.client, friends)
     await asyncio.gather(*(friend.say_next() for friend in cut_off))
-    screen.note(f"Server {pid} died during {len(cut_off)} of {len(friends)} replies.")
-    screen.note(
-        f"{time.perf_counter() - begin:.1f} s later, server {stage.server.pid} has resumed all by their ids "
-        "and given those replies."
-    )
+    seconds = time.perf_counter() - begin
+    screen.note(f"{seconds:.1f} s later all is resumed by id, and those replies are given in full.")
 
     screen.act("Do they remember? Every fact is asked for.")
-    with screen.counting("asking", len(friends[0].steps) - cast.num_opening) as count:
+    with screen.counting("asking", len(friends[0].steps) - len(friends[0].exchanges)) as count:
         answers = await play(friends, after_turn=count)
     asked = [exchange for exchange in answers if exchange.asks_for_a_fact]
     for exchange in asked[:4]:
         screen.dialogue(exchange, verdict=exchange.is_right)
-    screen.note(f"{sum(e.is_right for e in asked)} of {len(asked)} facts right.")
+    screen.note(f"{sum(exchange.is_right for exchange in asked)} of {len(asked)} facts are right.")
     return len(cut_off)
 
 
 async def _play_control(client: ContinuoClient, control: Sequence[Speaker], screen: Screen) -> None:
-    screen.act("The same questions in conversations where nothing was told.")
+    screen.act("The same questions, asked by strangers who have told nothing.")
     await _keep(client, control)
     with screen.counting("asking", len(control[0].steps)) as count:
         answers = await play(control, after_turn=count)
     for exchange in answers[:2]:
         screen.dialogue(exchange, verdict=exchange.says_not_told)
-    screen.note(f"{sum(e.says_not_told for e in answers)} of {len(answers)} times: never told.")
+    num_right = sum(exchange.says_not_told for exchange in answers)
+    screen.note(f"{num_right} of {len(answers)} times it says so.")
 
 
 async def _play_resent(client: ContinuoClient, cast: Cast, screen: Screen) -> None:
+    screen.act("All of it once more, with the whole history sent and read again every turn.")
     for speaker in cast.everybody:
         speaker.medium = Resent(client)
-    num_turns = len(cast.friends[0].steps) + len(cast.visitors[0].steps)
-    with screen.counting("reading it all again", num_turns) as count:
-        await play(cast.friends, cast.num_opening - 2, count)
+    with screen.counting("reading", len(cast.friends[0].steps) + len(cast.visitors[0].steps)) as count:
+        await play(cast.friends, cast.num_opening, count)
         await play(cast.visitors, after_turn=count)
         await play(cast.friends, after_turn=count)
 
@@ -171,7 +167,6 @@ async def _say_and_kill(friends: Sequence[Speaker], stage: Stage) -> list[Speake
     for outcome in outcomes:
         if isinstance(outcome, BaseException) and not isinstance(outcome, Unavailable):
             raise outcome
-    await stage.restart()
     return [
         friend for friend, outcome in zip(friends, outcomes, strict=True) if isinstance(outcome, Unavailable)
     ]

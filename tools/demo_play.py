@@ -140,7 +140,7 @@ class Cast:
 
     friends: tuple[Speaker, ...]
     visitors: tuple[Speaker, ...]
-    num_opening: int  # turns of a friend before the first question
+    num_opening: int  # turns of a friend before the visitors come
 
     @property
     def everybody(self) -> tuple[Speaker, ...]:
@@ -157,7 +157,8 @@ def make_cast() -> Cast:
     first_questions = [[isinstance(step, Ask) for step in steps].index(True) for steps in stories]
     rng = Random(SEED)
     visits = [[Digress(_long_story(rng)) for _ in range(NUM_VISITOR_TURNS)] for _ in range(NUM_VISITORS)]
-    return Cast(tuple(map(Speaker, stories)), tuple(map(Speaker, visits)), min(first_questions))
+    # Two turns are left: one to come back after the visitors, one to be cut off in.
+    return Cast(tuple(map(Speaker, stories)), tuple(map(Speaker, visits)), min(first_questions) - 2)
 
 
 def make_control() -> list[Speaker]:

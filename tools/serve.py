@@ -68,12 +68,15 @@ def access_line(options: ServerOptions) -> str:
 
 
 async def _serve(engine: AsyncEngine, options: ServerOptions, until_eof: bool) -> int:
-    async with engine:
+    def on_ready(address: str) -> None:
         if until_eof:
             _drain_at_eof()
+        print(f"listening on {address}", flush=True)
+
+    async with engine:
         reporting = asyncio.create_task(_report(engine))
         try:
-            return await serve(engine, options, lambda address: print(f"listening on {address}", flush=True))
+            return await serve(engine, options, on_ready)
         finally:
             reporting.cancel()
 
@@ -90,7 +93,7 @@ async def _report(engine: AsyncEngine) -> None:
 
 def _drain_at_eof() -> None:
     """Drains when stdin ends, as it does when the process at its other end is gone, however that ended."""
-    loop, stdin = asyncio.get_running_loop(), sys.stdin.fileno()
+    loop = asyncio.get_running_loop()
 
     def read() -> None:
         if not os.read(stdin, 4096):
@@ -98,6 +101,7 @@ def _drain_at_eof() -> None:
             signal.raise_signal(signal.SIGTERM)
 
     try:
+        stdin = sys.stdin.fileno()
         loop.add_reader(stdin, read)
     except OSError as error:
         raise ConfigError("--until-eof needs a pipe or a terminal on stdin") from error

@@ -40,7 +40,9 @@ def _write(folder: Path, chain: list[str], max_positions: int) -> Path:
     write_random_model(folder, {**CONFIG, "max_position_embeddings": max_positions}, torch.float32)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = [tokenizer.encode(text, add_special_tokens=False).ids[0] for text in chain]
-    weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights = {
+        name: torch.zeros_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     for name in weights:
         if "norm" in name:
             weights[name].fill_(1.0)
