@@ -3,11 +3,15 @@
     server side   server     binds, authenticates, answers health checks, drains
                   servicer   the unary calls and `Generate`
                   stream     one `Converse` stream: a reader, a writer, an attachment between them
-                  codec      proto messages <-> engine types, errors <-> status
-                  auth       who is calling; listen: what may be exposed how
+                  codec      proto messages <-> engine types
+                  status     engine errors -> gRPC status
+                  auth       who is calling
+                  listen     what may be exposed how
                   backend    what all of this asks of an engine
-    client side   client     `ContinuoClient`; chat: one conversation and its replies
-                  outcome    what a reply is made of; failure: one exception per status
+    client side   client     `ContinuoClient`: the connection and the unary calls
+                  chat       one conversation
+                  request    what may be asked for; reply, outcome: what comes back
+                  failure    one exception per status
 
 The client side imports neither torch nor the engine, so the base installation is enough for it.
 """

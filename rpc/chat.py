@@ -9,6 +9,7 @@ import asyncio
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Unpack
 
 import grpc
@@ -19,21 +20,20 @@ from rpc.failure import (
     ContinuoError,
     FailedPrecondition,
     Internal,
-    InvalidArgument,
     NotFound,
     ResourceExhausted,
     Unavailable,
     error_of_call,
+    error_of_ended,
     error_of_message,
 )
-from rpc.outcome import Sampling
 from rpc.reply import Reply, ReplyEvent
+from rpc.request import Sampling, set_input
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 Call = grpc.aio.StreamStreamCall[pb.ClientEvent, pb.ServerEvent]
-Pauses = Callable[
-    [], Iterator[float]
-]  # seconds before each new attempt; when they run out, the error is raised
+# Seconds before each new attempt; when they run out, the error is raised.
+Pauses = Callable[[], Iterator[float]]
 
 
 class Chat:
@@ -64,8 +64,7 @@ class Chat:
         turn_id: str | None = None,
         **sampling: Unpack[Sampling],
     ) -> Reply:
-        """Says `text`, or `messages` (role and content), or `token_ids` as they are.  Returns the reply to
-        come.
+        """Says `text`, or `messages` (role, content), or `token_ids` as they are; returns the reply to come.
 
         `timeout`: seconds after which the reply ends with DEADLINE and what it has.  A `turn_id` of your own
         makes it safe to say the same again, even from another process.
@@ -78,13 +77,16 @@ class Chat:
 
     async def cancel(self, *, discard: bool = False) -> None:
         """Ends the turn in flight: its reply ends with CANCELLED.  What was said is kept unless `discard`."""
-        if not self._turn_id or self._call is None:
+        if not self._turn_id:
             raise FailedPrecondition("no turn is in flight in this chat; there is nothing to cancel")
+        if self._call is None:
+            raise Unavailable("the connection is lost and not back yet; cancel again in a moment")
         cancel = pb.Cancel(turn_id=self._turn_id, discard=discard)
         await self._send(self._call, pb.ClientEvent(cancel=cancel))
 
     async def close(self, *, delete: bool = False) -> None:
         """Leaves the conversation when its current turn has ended; with `delete`, erases it at once."""
+        await self._come_to_rest(delete)
         pauses, lost = self._pauses(), False
         while True:
             try:
@@ -143,6 +145,18 @@ class Chat:
             if self._turn_id == turn.turn_id:
                 self._turn_id = ""
 
+    async def _come_to_rest(self, hurry: bool) -> None:
+        """Waits for the turn in flight, together with whoever reads its reply."""
+        reply = self._reader()
+        if not self._turn_id:
+            return
+        if reply is None:
+            return self._give_up()
+        if hurry:
+            await self.cancel(discard=True)
+        with suppress(ContinuoError):
+            await reply
+
     def _begin(self, turn_id: str, reader: Callable[[], Reply | None]) -> None:
         if self._turn_id:
             if self._reader() is not None:
@@ -190,19 +204,18 @@ class Chat:
     async def _attach(self, first: pb.ClientEvent) -> None:
         call = self._connect()
         self._client_seq = 0
-        await self._send(call, first)
-        event = await self._read(call)
-        match event.WhichOneof("event"):
-            case "opened":
-                attached = event.opened
-                self._last_seq = attached.last_seq
-            case "resumed":
-                attached = event.resumed
-                if not first.resume.HasField("after_seq"):
-                    self._last_seq = attached.last_seq
-            case other:
-                raise Internal(f"the server answered {other} where it had to attach the stream")
+        try:
+            await self._send(call, first)
+            answer = await self._read(call)
+            attached = answer.opened if first.HasField("open") else answer.resumed
+            if not attached.conversation_id:
+                raise Internal(f"the server answered {answer.WhichOneof('event')} where it had to attach")
+        except BaseException:
+            call.cancel()
+            raise
         self._call = call
+        if not first.resume.HasField("after_seq"):
+            self._last_seq = attached.last_seq
         self.id, self.resume_token = attached.conversation_id, attached.resume_token
         self.committed_tokens, self.context_left = attached.committed_tokens, attached.context_left
         self.committed_turns = attached.committed_turns
@@ -216,14 +229,12 @@ class Chat:
             await call.write(event)
         except grpc.aio.AioRpcError as error:
             self._hang_up()
-            if (
-                error.code() is grpc.StatusCode.INTERNAL
-            ):  # so grpcio names any write to a call that is just ending
+            if error.code() is grpc.StatusCode.INTERNAL:  # what grpcio says of any call that is just ending
                 raise Unavailable("the connection was lost while sending") from None
             raise error_of_call(error) from None
-        except asyncio.InvalidStateError:  # the call has ended; the reason is behind what it still had to say
-            while True:
-                await self._read(call)
+        except asyncio.InvalidStateError:
+            self._hang_up()
+            raise await error_of_ended(call) from None
         return event.client_seq
 
     async def _read(self, call: Call) -> pb.ServerEvent:
@@ -248,28 +259,6 @@ class Chat:
         if self._call is not None:
             self._call.cancel()
             self._call = None
-
-
-def set_input(
-    message: pb.Turn | pb.GenerateRequest,
-    text: str | None,
-    messages: Sequence[Mapping[str, str]] | None,
-    token_ids: Sequence[int] | None,
-) -> None:
-    given = [
-        name for name, value in zip(_INPUTS, (text, messages, token_ids), strict=True) if value is not None
-    ]
-    if len(given) != 1:
-        raise InvalidArgument(f"give one of {', '.join(_INPUTS)}; got {' and '.join(given) or 'none'}")
-    if text is not None:
-        message.text = text
-    elif messages is not None:
-        message.messages.CopyFrom(pb.Messages(messages=[pb.Message(**m) for m in messages]))
-    else:
-        message.token_ids.CopyFrom(pb.TokenIds(token_ids=token_ids))
-
-
-_INPUTS = ("text", "messages", "token_ids")
 
 
 def _event_of(turn_id: str, client_seq: int, event: pb.ServerEvent) -> ReplyEvent | None:

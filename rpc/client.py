@@ -22,7 +22,7 @@ import grpc
 
 from rpc._generated import continuo_pb2 as pb
 from rpc._generated import continuo_pb2_grpc as pb_grpc
-from rpc.chat import MAX_MESSAGE_BYTES, Chat, set_input
+from rpc.chat import MAX_MESSAGE_BYTES, Chat
 from rpc.failure import (
     Aborted,
     AlreadyExists,
@@ -41,8 +41,9 @@ from rpc.failure import (
     Unimplemented,
     error_of_call,
 )
-from rpc.outcome import Delta, FinishReason, Sampling, Turn
+from rpc.outcome import Delta, FinishReason, Turn
 from rpc.reply import Reply, ReplyEvent
+from rpc.request import Sampling, set_input
 
 __all__ = [
     "Aborted",

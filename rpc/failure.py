@@ -1,6 +1,6 @@
 """What the client raises: one class per gRPC status, all of them `ContinuoError`."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -105,3 +105,12 @@ def error_of_call(error: grpc.aio.AioRpcError) -> ContinuoError:
                 break
     kind = _CLASSES.get(error.code().value[0], ContinuoError)
     return kind(error.details() or error.code().name)
+
+
+async def error_of_ended(call: grpc.aio.StreamStreamCall[Any, Any]) -> ContinuoError:
+    """Of a call that is done, without reading what it still had to say."""
+    code, details = await call.code(), await call.details()
+    if code is grpc.StatusCode.OK:
+        return Unavailable("the server ended the stream")
+    trailers = await call.trailing_metadata()
+    return error_of_call(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, details))

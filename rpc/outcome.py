@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypedDict
 
 from rpc._generated import continuo_pb2 as pb
 from rpc.failure import Internal
@@ -16,23 +15,6 @@ class FinishReason(Enum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     UNKNOWN = "unknown"  # a newer server has more reasons
-
-
-class Sampling(TypedDict, total=False):
-    """Keyword arguments that choose the next token.  What is left out comes from the conversation, then the
-    model.
-    """
-
-    temperature: float  # 0 = greedy
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    max_tokens: int
-    min_tokens: int
-    stop: list[str]
-    stop_token_ids: list[int]
-    ignore_eos: bool
 
 
 @dataclass(frozen=True, slots=True)

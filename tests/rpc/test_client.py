@@ -257,6 +257,40 @@ async def test_close_keeps_the_conversation_and_close_with_delete_erases_it(clie
         await client.resume(chat.id)
 
 
+async def test_close_waits_for_the_turn_in_flight_and_its_reader(client, engine):
+    chat = await client.open()
+    engine.hold(3)
+    reading = asyncio.ensure_future(chat.say("Hi"))
+    await engine.holding.wait()
+    closing = asyncio.ensure_future(chat.close())
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    engine.release()
+    assert (await reading).text == "You said: Hi"
+    await closing
+    assert len((await client.get(chat.id))[1]) == 1
+
+
+async def test_close_with_delete_ends_the_turn_in_flight(client, engine):
+    chat = await client.open()
+    engine.hold(3)
+    reading = asyncio.ensure_future(chat.say("Hi"))
+    await engine.holding.wait()
+    await chat.close(delete=True)
+    with pytest.raises(Cancelled):
+        await reading
+    assert not engine.conversations
+
+
+async def test_close_with_delete_ends_a_turn_that_nobody_reads(client, engine):
+    chat = await client.open()
+    engine.hold(3)
+    async for _ in chat.say("Hi"):
+        break
+    await chat.close(delete=True)
+    assert not engine.conversations
+
+
 async def test_resume_may_demand_a_token_and_a_length(client):
     chat = await client.open()
     await chat.say("Hi")

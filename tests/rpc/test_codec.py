@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from engine.types import FinishReason, Limits, SamplingParams, Timing, Usage
-from rpc import outcome
+from rpc import outcome, request
 from rpc._generated import continuo_pb2 as pb
 from rpc.codec import sampling_params
 
@@ -19,7 +19,7 @@ def test_both_sides_have_the_same_fields(ours, message):
 
 
 def test_the_client_offers_every_sampling_field():
-    assert list(outcome.Sampling.__annotations__) == [field.name for field in pb.Sampling.DESCRIPTOR.fields]
+    assert list(request.Sampling.__annotations__) == [field.name for field in pb.Sampling.DESCRIPTOR.fields]
 
 
 def test_finish_reasons_agree_in_name_and_number():

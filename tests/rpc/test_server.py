@@ -70,12 +70,18 @@ def test_a_certificate_without_its_key_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("cert", "message"),
-    [(Path("nowhere.pem"), "the TLS file nowhere.pem cannot be read"), (Path(__file__), "is no PEM file")],
+    ("cert", "key", "problem"),
+    [
+        (Path("nowhere.pem"), KEY, "No such file or directory"),
+        (Path(__file__), KEY, "NO_START_LINE|no start line|PEM lib"),
+        (CERT, TLS / "other_key.pem", "KEY_VALUES_MISMATCH|key values mismatch"),
+        (CERT, TLS / "encrypted_key.pem", "."),
+    ],
 )
-async def test_a_certificate_that_is_none_is_named(engine, cert, message):
-    with pytest.raises(ConfigError, match=message):
-        Server(engine, ServerOptions(listen="127.0.0.1:0", tls_cert=cert, tls_key=KEY))
+async def test_tls_files_that_do_not_work_are_named_with_the_reason(engine, cert, key, problem):
+    with pytest.raises(ConfigError, match=problem) as failure:
+        Server(engine, ServerOptions(listen="127.0.0.1:0", tls_cert=cert, tls_key=key))
+    assert str(failure.value).startswith(f"{cert} and {key} do not work for TLS: ")
 
 
 async def test_a_taken_port_is_a_clear_error_and_not_a_second_server(engine, server):
