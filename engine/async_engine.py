@@ -169,13 +169,13 @@ class AsyncEngine:
                 f"{live.record.id} has {live.core.num_committed} committed tokens, not {expected}; "
                 "resume without an expectation and read what is new"
             )
-        after_seq = request.after_seq if request.after_seq is not None else live.seq - len(live.journal)
-        missed: list[ConversationEvent] = []
-        if live.turns and after_seq < live.seq - len(live.journal):
-            for turn in await self._turns.committed_turns(live):
-                if turn.done_seq > after_seq:
-                    missed += self._turns.replay(live, turn)
-        return self._attach(live, missed, after_seq)
+        after_seq = request.after_seq if request.after_seq is not None else live.journal_start
+        while True:
+            num_turns = len(live.turns)
+            missed = await self._missed(live, after_seq)
+            if self._live.get(live.record.id) is live and num_turns == len(live.turns):
+                return self._attach(live, missed, after_seq)
+            live = await self._find(tenant, request.conversation_id)
 
     async def get(
         self, tenant: Tenant, conversation_id: ConversationId
@@ -228,9 +228,9 @@ class AsyncEngine:
             if request.prompt is not None:
                 if request.messages or token_ids:
                     raise InvalidRequest("give a prompt, messages or token ids, not several of them")
-                token_ids = tuple(await self._text.encode(request.prompt, allow_special=True))
-                if not token_ids:
-                    raise InvalidRequest("the prompt is empty; give at least one token")
+                if not request.prompt:
+                    raise InvalidRequest("the prompt is empty; give it some text")
+                token_ids = await self._text.raw_prompt(request.prompt)
             turn = TurnRequest(
                 TurnId("generate"), request.messages, token_ids, request.sampling, request.timeout_s
             )
@@ -336,7 +336,15 @@ class AsyncEngine:
         past = await self._text.past(record.system, turns)
         live = self._bring_to_life(record, turns, past)
         live.seq, live.retries = record.seq_mark + SEQ_GAP, True
+        live.history_rewritten = bool(turns) and turns[-1].history_rewritten
         return live
+
+    async def _missed(self, live: LiveConversation, after_seq: int) -> Sequence[ConversationEvent]:
+        """Events of committed turns behind `after_seq`; those of the turn in flight are in the journal."""
+        if not live.turns or after_seq >= live.journal_start:
+            return []
+        turns = await self._turns.committed_turns(live)
+        return [event for turn in turns if turn.done_seq > after_seq for event in self._turns.replay(turn)]
 
     def _bring_to_life(
         self,
@@ -357,7 +365,6 @@ class AsyncEngine:
         )
         live.idle.set()
         self._live[record.id] = live
-        self._unload_idle()
         return live
 
     def _attach(
@@ -368,6 +375,7 @@ class AsyncEngine:
         self._live[live.record.id] = self._live.pop(live.record.id)  # now the most recently used
         outbox = Outbox(on_read=lambda: self._turns.resume_reading(live))
         live.attach(outbox, missed, after_seq)
+        self._unload_idle()
         return Attachment(live, outbox, self._turns, self._erase, self._config.disconnect_grace_s)
 
     def _unload_idle(self) -> None:

@@ -13,8 +13,8 @@ from engine.batch import StepPlan, StepResult
 from engine.cache.manager import KVCacheManager
 from engine.conversation import Conversation, Turn, TurnState
 from engine.errors import ContextOverflow, InvariantError
-from engine.sampler import stop_reason
 from engine.scheduler import Scheduler, Step
+from engine.stopping import stop_reason
 from engine.types import Clock, ConversationId, FinishReason, SamplingParams, Tenant, TurnId
 
 

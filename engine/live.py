@@ -103,12 +103,18 @@ class LiveConversation:
     flight: TurnInFlight | None = None
     journal: list[ConversationEvent] = field(default_factory=list)  # of the turn in flight
     outbox: Outbox | None = None  # of the attached stream
+    history_rewritten: bool = False  # the template would by now render the past differently
     retries: bool = False  # an earlier attempt at the next turn may have been shown
     is_deleted: bool = False
     idle: asyncio.Event = field(
         default_factory=asyncio.Event
     )  # no turn is being prepared, computed or committed
     prepared: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def journal_start(self) -> int:
+        """The last seq before the turn in flight."""
+        return self.journal[0].seq - 1 if self.journal else self.seq
 
     def next_seq(self) -> int:
         self.seq += 1

@@ -24,6 +24,7 @@ class ModelRunner:
         self._block_size = block_size
         self._last: dict[int, int] = {}  # row -> token of the step before
 
+    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         begun = time.perf_counter()
         drawing = [segment for segment in plan.segments if segment.draw is not None]

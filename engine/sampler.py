@@ -1,24 +1,15 @@
-"""From logits to token ids: parameters as tensors, tokens that may not come yet, and when a reply ends."""
+"""From logits to token ids: parameters as tensors, and tokens that may not come yet."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.batch import RowParams
 from engine.errors import InvalidRequest
-from engine.types import FinishReason, SamplingParams
+from engine.stopping import stop_ids
+from engine.types import SamplingParams
 from kernels.sampling import SamplingRows, greedy, sample
-
-
-@dataclass(frozen=True, slots=True)
-class RowParams:
-    """How one row's token is chosen."""
-
-    sampling: SamplingParams  # resolved: what is None counts as off, or greedy
-    seed: int
-    position: int  # absolute position of the token to be chosen
-    num_generated: int  # tokens of this reply before it
 
 
 class Sampler:
@@ -53,22 +44,6 @@ class Sampler:
             all_greedy = not any(p.sampling.temperature for p in params)
             ids: list[int] = (greedy(logits) if all_greedy else sample(logits, _rows(params))).tolist()
         return ids
-
-
-def stop_ids(params: SamplingParams, eos_ids: frozenset[int]) -> frozenset[int]:
-    """The tokens that end a reply."""
-    return (frozenset() if params.ignore_eos else eos_ids).union(params.stop_token_ids or ())
-
-
-def stop_reason(
-    token_id: int, num_generated: int, params: SamplingParams, eos_ids: frozenset[int]
-) -> FinishReason | None:
-    """Why a reply of `num_generated` tokens, `token_id` the last of them, ends here; None if it goes on."""
-    if token_id in stop_ids(params, eos_ids):
-        return FinishReason.STOP_TOKEN
-    if params.max_tokens is not None and num_generated >= params.max_tokens:
-        return FinishReason.LENGTH
-    return None
 
 
 def _rows(params: Sequence[RowParams]) -> SamplingRows:

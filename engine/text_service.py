@@ -30,6 +30,10 @@ class TextService:
     async def encode(self, text: str, *, allow_special: bool) -> list[int]:
         return await self._run(lambda: self.tokenizer.encode(text, allow_special=allow_special))
 
+    async def raw_prompt(self, text: str) -> tuple[int, ...]:
+        """A prompt that no template renders, behind the token with which this model's histories begin."""
+        return (*self.tokenizer.prompt_prefix_ids, *await self.encode(text, allow_special=True))
+
     async def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         return await self._run(lambda: self.tokenizer.decode(ids, skip_special=skip_special))
 

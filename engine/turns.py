@@ -141,25 +141,25 @@ class Turns:
             for token_id in (min(request.token_ids), max(request.token_ids)):
                 if not 0 <= token_id < vocab:
                     raise InvalidRequest(f"token id {token_id} is outside the vocabulary of {vocab}")
-            return list(request.token_ids), False
+            return list(request.token_ids), live.history_rewritten
         last_id = live.core.tokens[-1] if live.core.tokens else None
         new = self._text.sent_messages(None if live.turns else live.record.system, request.messages, ())
         prompt = await self._text.prompt(live.past, last_id, new, live.record.created_at)
         if not prompt.ids:
             raise InvalidRequest(f"turn {request.turn_id} adds no token to the conversation; send some text")
-        return prompt.ids, not prompt.matches_full_render
+        return prompt.ids, live.history_rewritten or not prompt.matches_full_render
 
     async def _replay(self, live: LiveConversation, turn_id: TurnId) -> None:
         for record in await self.committed_turns(live):
             if record.turn_id == turn_id and live.outbox is not None:
-                for event in self.replay(live, record):
+                for event in self.replay(record):
                     live.outbox.put(event)
 
     async def committed_turns(self, live: LiveConversation) -> list[TurnRecord]:
         loaded = await asyncio.wrap_future(self._log.load(live.record.id))
         return loaded[1] if loaded is not None else []
 
-    def replay(self, live: LiveConversation, record: TurnRecord) -> list[ConversationEvent]:
+    def replay(self, record: TurnRecord) -> list[ConversationEvent]:
         committed = record.first_token + len(record.prompt_ids) + len(record.reply_ids)
         return replayed(record, committed, self.core.context_tokens - committed)
 
@@ -294,8 +294,9 @@ class Turns:
         live.past += self._text.sent_messages(system, record.messages, record.prompt_ids)
         live.past.append(self._text.reply_message(record.reply_ids, record.prompt_ids[-1]))
         live.turns[record.turn_id] = record.digest
+        live.history_rewritten = record.history_rewritten
         live.retries = False
-        live.emit(self.replay(live, record)[-1])
+        live.emit(self.replay(record)[-1])
         self._close_flight(live)
 
     def _fail(self, live: LiveConversation, error: Exception) -> None:

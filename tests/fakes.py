@@ -1,6 +1,7 @@
 """Small real classes behind the engine's interfaces: a clock that tests move, and a model whose replies
 depend on every KV entry it reads, so that a wrong cache changes the text."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -95,6 +96,7 @@ CHAT_TEMPLATE = (
 )
 
 
+@functools.cache
 def byte_tokenizer() -> Tokenizer:
     """Every byte is a token; `<|im_end|>` ends a reply."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

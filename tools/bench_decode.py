@@ -8,7 +8,6 @@ bandwidth, both measured in this run, alternately.
 
 import argparse
 import asyncio
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from typing import Any
 from engine import EngineConfig, load_engine
 from engine.models.config import ModelConfig
 from engine.types import Delta, OpenRequest, SamplingParams, Tenant, TurnDone, TurnId, TurnRequest
-from tools.measure import dram_read_gbps, median, write_result
-from tools.random_model import write_random_model
+from tools.measure import dram_read_gbps, median, model_of_shape, write_result
 from tools.workload import prompt_ids
 
 NEW_TOKENS = 96
@@ -31,10 +29,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = chosen.model or Path(scratch) / chosen.shape
-        if not folder.exists():
-            write_random_model(chosen.shape, folder)
+    with model_of_shape(chosen.shape, chosen.model) as folder:
         figures = asyncio.run(_measure(chosen.shape, folder, chosen.context, chosen.repeats))
     print(write_result(f"decode_{chosen.shape}", figures))
 

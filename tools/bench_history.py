@@ -8,7 +8,6 @@ stream.  Kept and re-read turns alternate, so that a drifting machine disturbs b
 
 import argparse
 import asyncio
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import Any
 
 from rpc.client import ContinuoClient
 from rpc.outcome import Delta
-from tools.measure import median, server, write_result
-from tools.random_model import write_random_model
+from tools.measure import median, model_of_shape, server, write_result
 from tools.workload import prompt_ids
 
 HISTORIES = (128, 512, 1024, 2048)
@@ -30,10 +28,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder that tools.random_model has written before")
     parser.add_argument("--repeats", type=int, default=7)
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = chosen.model or Path(scratch) / "llama-160m"
-        if not folder.exists():
-            write_random_model("llama-160m", folder)
+    with model_of_shape("llama-160m", chosen.model) as folder:
         figures = asyncio.run(_measure(folder, chosen.repeats))
     print(write_result("history", figures))
 

@@ -10,7 +10,6 @@ and while a history of 16K tokens is opened beside them.
 import argparse
 import asyncio
 import multiprocessing
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,8 +22,7 @@ from engine.types import Delta, OpenRequest, SamplingParams, Tenant, TurnDone, T
 from rpc.client import ContinuoClient
 from rpc.listen import ServerOptions
 from rpc.server import Server
-from tools.measure import median, percentile, write_result
-from tools.random_model import write_random_model
+from tools.measure import median, model_of_shape, percentile, write_result
 from tools.workload import Workload, drive, prompt_ids
 
 BATCH = Workload(conversations=8, turns=1, new_tokens=32, reply_tokens=128)
@@ -38,10 +36,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder that tools.random_model has written before")
     parser.add_argument("--pairs", type=int, default=10)
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = chosen.model or Path(scratch) / "llama-160m"
-        if not folder.exists():
-            write_random_model("llama-160m", folder)
+    with model_of_shape("llama-160m", chosen.model) as folder:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             figures = runner.run(_measure(folder, chosen.pairs))
     print(write_result("wire", figures))

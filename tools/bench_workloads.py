@@ -9,13 +9,11 @@ best settings there.  On another machine they are scaled by DRAM bandwidth, whic
 
 import argparse
 import asyncio
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rpc.client import ContinuoClient
-from tools.measure import dram_read_gbps, median, percentile, server, write_result
-from tools.random_model import write_random_model
+from tools.measure import dram_read_gbps, median, model_of_shape, percentile, server, write_result
 from tools.workload import MANY, ONE, Outcome, Workload, drive
 
 PEER_GBPS = 49.0
@@ -33,10 +31,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a folder that tools.random_model has written before")
     parser.add_argument("--repeats", type=int, default=3)
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = chosen.model or Path(scratch) / chosen.shape
-        if not folder.exists():
-            write_random_model(chosen.shape, folder)
+    with model_of_shape(chosen.shape, chosen.model) as folder:
         figures = asyncio.run(_measure(chosen.shape, folder, chosen.repeats))
     print(write_result(f"workloads_{chosen.shape}", figures))
 

@@ -9,8 +9,9 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,19 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def median(values: Sequence[float]) -> float:
     return percentile(values, 0.5)
+
+
+@contextlib.contextmanager
+def model_of_shape(shape: str, folder: Path | None) -> Iterator[Path]:
+    """`folder`, or without one a random model of a shape of `tools.random_model`, gone afterwards."""
+    if folder is not None:
+        yield folder
+        return
+    from tools.random_model import SHAPES, write_random_model
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_random_model(Path(scratch), SHAPES[shape])
+        yield Path(scratch)
 
 
 @dataclass(frozen=True, slots=True)

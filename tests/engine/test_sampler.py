@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from engine.batch import RowParams
 from engine.errors import InvalidRequest
-from engine.sampler import RowParams, Sampler, stop_reason
+from engine.sampler import Sampler
+from engine.stopping import stop_reason
 from engine.types import FinishReason, SamplingParams
 
 EOS = frozenset({0, 7})
