@@ -108,7 +108,7 @@ class Terminal:
     def reply(self, delta: Delta) -> None:
         if delta.restarted:
             self.note("\nthe connection was lost; the reply begins again:")
-        self._console.print(delta.text.translate(_CONTROLS), end="")
+        print(delta.text.translate(_CONTROLS), end="", flush=True)
 
     def turn_ended(self, turn: Turn) -> None:
         self._console.print(f"\n{status_line(turn)}\n", style="dim")
@@ -127,7 +127,7 @@ class Terminal:
 
     def _show_past(self) -> None:
         if len(self._past) > NUM_PAST:
-            self.note(f"... {len(self._past) - NUM_PAST} turns before\n")
+            self.note(f"... {len(self._past) - NUM_PAST} earlier\n")
         for said, answered in self._past[-NUM_PAST:]:
             self.note(f"› {said}\n{answered}\n".translate(_CONTROLS))
         self._past.clear()

@@ -1,0 +1,234 @@
+"""`continuo chat`, piped and in a terminal, against real servers."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rpc._generated import continuo_pb2 as pb
+from rpc.client import Delta, FinishReason, Turn
+from tests.tools.conftest import ROOT, command
+from tests.tools.talking_models import REPLY
+from tools.chat_screen import Pipe, Terminal, status_line
+
+RESUME = re.compile(r"To go on: continuo chat --conversation (\S+) (.*)\n")
+
+
+def test_piped_it_answers_each_line_and_prints_nothing_else(serve, continuo, talking_model):
+    server = serve(talking_model)
+    ended = continuo("chat", "--server", server.address, input="One.\n\nTwo.\nThree.")
+    assert (ended.returncode, ended.stdout) == (0, f"{REPLY}\n" * 3)
+    assert RESUME.fullmatch(ended.stderr)
+
+
+def test_a_conversation_goes_on_by_its_id_also_with_another_server_process(serve, continuo, talking_model):
+    ended = continuo("chat", talking_model, input="One.\n")
+    assert (ended.returncode, ended.stdout) == (0, f"{REPLY}\n")
+    id, rest = RESUME.fullmatch(ended.stderr).groups()
+    again = continuo("chat", "--conversation", id, *rest.split(), input="Two.\n")
+    assert (again.returncode, again.stdout) == (0, f"{REPLY}\n")
+    assert RESUME.fullmatch(again.stderr)[1] == id
+
+
+def test_a_server_started_for_the_chat_ends_with_it(continuo, talking_model):
+    ended = continuo("chat", talking_model, "--data-dir", "none", input="One.\n")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{REPLY}\n", "")
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(talking_model) in _read(path)]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # the process has just ended
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (
+            ["--server", "127.0.0.1:1"],
+            1,
+            "error: no server answers at 127.0.0.1:1; start one with 'continuo serve', or talk to one of your "
+            "own with 'continuo chat MODEL'\n",
+        ),
+        (["--token-file", "/no/token"], 2, "error: the token file /no/token cannot be read"),
+        (
+            ["--token-file", "LICENSE"],
+            2,
+            "error: the token file LICENSE should hold one token and nothing else\n",
+        ),
+        (["--tls-ca", "/no/ca"], 2, "error: there is no file /no/ca; --tls-ca takes a certificate authority"),
+    ],
+)
+def test_what_keeps_a_chat_from_beginning_is_said_in_one_line(continuo, arguments, code, complaint):
+    ended = continuo("chat", *arguments, input="One.\n")
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert ended.stderr.startswith(complaint) and len(ended.stderr.splitlines()) == 1
+
+
+def test_a_model_that_cannot_be_served_says_why(continuo, tmp_path):
+    ended = continuo("chat", tmp_path, input="One.\n")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"error: the server did not start: {tmp_path} has no config.json")
+
+
+def test_an_unknown_conversation_and_a_full_context_are_told(serve, continuo, talking_model):
+    server = serve(talking_model)
+    ended = continuo("chat", "--server", server.address, "--conversation", "c-gone", input="One.\n")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "error: there is no conversation c-gone; open a new one or list yours\n"
+
+    ended = continuo("chat", "--server", server.address, input="One.\n" + "long " * 2000 + "\nThree.\n")
+    assert (ended.returncode, ended.stdout) == (1, f"{REPLY}\n")
+    assert "tokens but" in ended.stderr and "To go on:" in ended.stderr
+
+
+def test_it_needs_neither_torch_nor_the_engine(continuo):
+    code = (
+        "import sys; from tools import cli; cli.main(['chat', '--server', '127.0.0.1:1']); "
+        "print(*{'torch', 'engine', 'numpy', 'tokenizers', 'prompt_toolkit'} & set(sys.modules))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "no server answers" in ended.stderr
+    assert ended.stdout.split() == []
+
+
+class TerminalChat:
+    """`continuo chat` on a pseudo-terminal: what it shows is read, keys are pressed."""
+
+    def __init__(self, environment: dict[str, str], *arguments: object) -> None:
+        self._main, other = pty.openpty()
+        self.process = subprocess.Popen(
+            command("chat", *arguments),
+            cwd=ROOT,
+            env={**environment, "TERM": "xterm"},
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            start_new_session=True,
+            preexec_fn=lambda: os.close(
+                os.open(os.ttyname(other), os.O_RDWR)
+            ),  # makes it the controlling terminal
+        )
+        os.close(other)
+
+    def until(self, text: str) -> str:
+        """What it shows up to `text`."""
+        shown, deadline = "", time.monotonic() + 60
+        while text not in shown:
+            assert time.monotonic() < deadline, f"{text!r} did not come: {shown}"
+            if select.select([self._main], [], [], 1)[0]:
+                shown += os.read(self._main, 4096).decode(errors="replace")
+        return shown
+
+    def press(self, keys: str) -> None:
+        os.write(self._main, keys.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._main)
+
+
+@pytest.fixture
+def terminal_chat(environment):
+    chats = []
+
+    def start(*arguments: object) -> TerminalChat:
+        chats.append(TerminalChat(environment, *arguments))
+        return chats[-1]
+
+    yield start
+    for chat in chats:
+        chat.close()
+
+
+def test_ctrl_c_ends_the_reply_and_not_the_chat(serve, terminal_chat, endless_model):
+    server = serve(endless_model)
+    chat = terminal_chat("--server", server.address)
+    assert "context of 30,000 tokens" in chat.until("›")
+    chat.press("Go.\r")
+    chat.until("abab")
+    chat.press("\x03")
+    first = chat.until("cancelled")
+    assert re.search(r"0 tokens reused · 0 recomputed · \d+ new", first)
+    chat.until("›")
+    chat.press("Go on.\r")
+    chat.until("abab")
+    chat.press("\x03")
+    second = chat.until("cancelled")
+    assert int(re.search(r"(\d+) tokens reused", second)[1]) > 20
+    chat.until("›")
+    chat.press("\x04")
+    assert "continuo chat --conversation c-" in chat.until("--server")
+    assert chat.process.wait(timeout=20) == 0
+
+
+def test_a_resumed_chat_shows_what_was_said_and_forgets_it_for_a_new_one(
+    serve, continuo, terminal_chat, talking_model
+):
+    server = serve(talking_model)
+    ended = continuo("chat", "--server", server.address, input="Uno.\nDue.\nTre.\nQuattro.\n")
+    id = RESUME.fullmatch(ended.stderr)[1]
+    chat = terminal_chat("--server", server.address, "--conversation", id)
+    shown = chat.until("Quattro.")
+    assert "... 1 earlier" in shown and "Due." in shown and "Uno." not in shown
+    chat.until("›")
+    chat.press("/nonsense\r")
+    chat.until("/quit or Ctrl-D")
+    chat.press("/new\r")
+    chat.until(f"{id} is left as it is")
+    chat.press("Cinque.\r")
+    assert "0 tokens reused" in chat.until(" left")
+    chat.press("/quit\r")
+    assert chat.process.wait(timeout=20) == 0
+
+
+def test_a_reply_cannot_drive_the_terminal(capsys):
+    Terminal().reply(Delta("a\x1b[2Jb\x9bc\rd\te\n", ()))
+    assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\ufffdd\te\n"
+
+
+async def test_ctrl_c_while_waiting_for_a_line_ends_a_piped_chat(monkeypatch):
+    class Stdin:
+        def readline(self):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "stdin", Stdin())
+    with pytest.raises(KeyboardInterrupt):
+        await Pipe().read()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_status_line_says_what_was_reused_what_it_cost_and_what_is_left():
+    turn = Turn(
+        id="t",
+        text="",
+        token_ids=(),
+        finish_reason=FinishReason.CONTEXT_FULL,
+        matched_stop=None,
+        usage=pb.Usage(
+            prompt_tokens=1150,
+            completion_tokens=20,
+            cached_device_tokens=1024,
+            recomputed_tokens=96,
+            new_tokens=30,
+        ),
+        timing=pb.Timing(ttft_s=0.0123, total_s=0.49),
+        context_left=0,
+        committed_tokens=1170,
+        history_rewritten=False,
+    )
+    assert status_line(turn) == (
+        "1,024 tokens reused · 96 recomputed · 30 new · 20 in 0.5 s, first after 12 ms · 0 left · "
+        "the context is full: /new begins anew"
+    )
