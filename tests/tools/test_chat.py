@@ -56,8 +56,8 @@ def _read(path: Path) -> str:
         (
             ["--server", "127.0.0.1:1"],
             1,
-            "error: no server answers at 127.0.0.1:1; start one with 'continuo serve', or talk to one of your "
-            "own with 'continuo chat MODEL'\n",
+            "error: no server answers at 127.0.0.1:1; start one with 'continuo serve', or talk to one "
+            "of your own with 'continuo chat MODEL'\n",
         ),
         (["--token-file", "/no/token"], 2, "error: the token file /no/token cannot be read"),
         (
@@ -119,15 +119,17 @@ class TerminalChat:
             ),  # makes it the controlling terminal
         )
         os.close(other)
+        self._shown = ""
 
     def until(self, text: str) -> str:
-        """What it shows up to `text`."""
-        shown, deadline = "", time.monotonic() + 60
-        while text not in shown:
-            assert time.monotonic() < deadline, f"{text!r} did not come: {shown}"
+        """What it shows next, up to `text`."""
+        deadline = time.monotonic() + 60
+        while text not in self._shown:
+            assert time.monotonic() < deadline, f"{text!r} did not come: {self._shown}"
             if select.select([self._main], [], [], 1)[0]:
-                shown += os.read(self._main, 4096).decode(errors="replace")
-        return shown
+                self._shown += os.read(self._main, 4096).decode(errors="replace")
+        before, text, self._shown = self._shown.partition(text)
+        return before + text
 
     def press(self, keys: str) -> None:
         os.write(self._main, keys.encode())
