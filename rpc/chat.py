@@ -227,14 +227,10 @@ class Chat:
             raise ResourceExhausted(f"the event has {size} bytes; at most {MAX_MESSAGE_BYTES} can be sent")
         try:
             await call.write(event)
-        except grpc.aio.AioRpcError as error:
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it is ending, or has ended
+            failure = await error_of_ended(call)
             self._hang_up()
-            if error.code() is grpc.StatusCode.INTERNAL:  # what grpcio says of any call that is just ending
-                raise Unavailable("the connection was lost while sending") from None
-            raise error_of_call(error) from None
-        except asyncio.InvalidStateError:
-            self._hang_up()
-            raise await error_of_ended(call) from None
+            raise failure from None
         return event.client_seq
 
     async def _read(self, call: Call) -> pb.ServerEvent:

@@ -132,6 +132,16 @@ async def test_unary_calls_hear_the_refusal_too(guarded):
             await client.model_info()
 
 
+async def test_whoever_opens_a_stream_with_a_wrong_token_hears_that_and_not_a_lost_connection(guarded):
+    """The refusal may overtake the first write; what grpcio then says of the write hides the reason."""
+    async with ContinuoClient(guarded[0].address, token="c" * 16) as client:
+        for _ in range(50):
+            with pytest.raises(Unauthenticated, match="not one of this server's tokens"):
+                await client.open()
+        with pytest.raises(Unauthenticated):
+            await client.resume("c-1")
+
+
 async def test_health_needs_no_token(guarded):
     async with grpc.aio.insecure_channel(guarded[0].address) as channel:
         answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
