@@ -35,10 +35,9 @@ MAX_ID = 128  # characters of a conversation's or turn's id
 
 
 def open_request(message: pb.Open) -> OpenRequest:
+    chosen = _given(message, "conversation_id")
     return OpenRequest(
-        conversation_id=conversation_id(message.conversation_id)
-        if message.HasField("conversation_id")
-        else None,
+        conversation_id=None if chosen is None else conversation_id(chosen),
         system=_given(message, "system"),
         sampling=sampling_params(message.sampling),
         labels=dict(message.labels),

@@ -48,9 +48,8 @@ class ReplyBuffer:
     def __init__(self) -> None:
         self._deltas: list[pb.Delta] = []
         self._num_tokens = 0
-        self._shown: tuple[str, tuple[int, ...]] | None = (
-            None  # while a reply is repeated: what the reader has
-        )
+        # What the reader has, while a reply is being repeated.
+        self._shown: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def text(self) -> str:
