@@ -76,14 +76,14 @@ def _attend(
     if not len(index):
         return q.new_zeros(q.shape, dtype=wide), q.new_full((rows, heads), -torch.inf, dtype=wide)
 
-    blocks = kv[table[index].long()].to(wide)  # [n, 2, G, P, D]
-    keys, values = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [G, n * P, D] each
+    gathered = kv.permute(1, 2, 0, 3, 4).index_select(2, table[index].long())  # [2, G, n, P, D], a copy
+    keys, values = gathered.to(wide).flatten(2, 3)  # [2] x [G, n * P, D]
     at = (index[:, None] * slots + torch.arange(slots)).flatten()
     seen = at <= positions[:, None]
     if window is not None:
         seen &= at > positions[:, None] - window
     # Slots no row may see can hold anything, NaN included, and 0 * NaN is NaN.
-    values = values.masked_fill(~seen.any(dim=0)[:, None], 0.0)
+    values[:, ~seen.any(dim=0)] = 0.0
 
     # The heads that share a KV head become rows of one product: K and V are read once for all of them.
     folded = q.to(wide).view(rows, groups, heads // groups, size).permute(1, 0, 2, 3)  # [G, R, H / G, D]
@@ -116,7 +116,7 @@ def paged_attention(
     if plan is None:
         plan = meta.plans[key] = _plan(library, q, kv, meta, scale, window)
     q = q.contiguous()
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32)
     if library.paged_attention(plan, q.data_ptr(), kv.data_ptr(), out.data_ptr(), lse.data_ptr()):
         raise MemoryError(f"no memory for the partial results of {len(q)} rows of attention")
     return out, lse

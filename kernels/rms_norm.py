@@ -24,10 +24,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if library is None or not dispatch.covers(x):
         return rms_norm_ref(x, weight, eps)
     rows = _rows(x, "x", weight)
-    out = x.new_empty(x.shape)
+    out = torch.empty_like(rows)
     args = _arguments(rows, rows, eps)
     library.rms_norm(args, rows.data_ptr(), None, weight.data_ptr(), out.data_ptr(), None)
-    return out
+    return out if x.dim() == 2 else out.view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -36,10 +36,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if library is None or not dispatch.covers(x):
         total = x + residual
         return rms_norm_ref(total, weight, eps), total
-    if residual.shape != x.shape:
-        raise ValueError(f"residual must be {list(x.shape)} as x, got {list(residual.shape)}")
+    if x.dim() != 2 or residual.shape != x.shape:
+        raise ValueError(f"x and residual must be [T, N], got {list(x.shape)} and {list(residual.shape)}")
     rows, added = _rows(x, "x", weight), _rows(residual, "residual", weight)
-    out, total = x.new_empty(x.shape), x.new_empty(x.shape)
+    out, total = torch.empty_like(rows), torch.empty_like(rows)
     args = _arguments(rows, added, eps)
     library.rms_norm(
         args, rows.data_ptr(), added.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr()

@@ -42,7 +42,7 @@ def rope_kv_write(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, 
     plan = meta.plans.get(key)
     if plan is None:
         plan = meta.plans[key] = _plan(q, k, v, cos_sin, kv, meta)
-    out = q.new_empty(q.shape)
+    out = torch.empty_like(q)
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), cos_sin.data_ptr(), kv.data_ptr(), out.data_ptr()
     library.rope_kv_write(plan, *addresses)
     return out

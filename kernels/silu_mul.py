@@ -22,7 +22,7 @@ def silu_mul(x: Tensor) -> Tensor:
         return silu_mul_ref(x)
     if x.stride(1) != 1:
         x = x.contiguous()
-    out = x.new_empty(rows, width // 2)
+    out = torch.empty((rows, width // 2), dtype=x.dtype)
     is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     library.silu_mul(x.data_ptr(), out.data_ptr(), rows, width // 2, x.stride(0), is_bf16, threads)
     return out
