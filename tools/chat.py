@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 
-from rpc.client import Aborted, Chat, ContinuoClient, ContinuoError, Unavailable
+from rpc.client import Aborted, Chat, ContinuoClient, ContinuoError, Unauthenticated, Unavailable
 from tools.chat_screen import HELP, Screen, make_screen
 from tools.server_process import ServerFailed, ServerProcess
 
@@ -55,6 +55,8 @@ async def _run(chosen: Namespace, screen: Screen, token: str | None, authorities
                 f"no server answers at {address}{reason}; start one with 'continuo serve', "
                 "or talk to one of your own with 'continuo chat MODEL'"
             ) from None
+        except Unauthenticated as error:
+            raise UsageError(f"{error}; --token-file FILE sends the token in FILE") from None
         screen.note(f"{info.name}, context of {info.limits.context_tokens:,} tokens.  {HELP}")
         if chosen.conversation is not None:
             await talk.resume(chosen.conversation)

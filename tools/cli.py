@@ -210,7 +210,8 @@ def _declare_data_dir(add: Callable[..., Any]) -> None:
 
 
 def _use_environment(chosen: argparse.Namespace) -> None:
-    """Fills in what the environment decides, and sets what OpenMP reads when torch is imported."""
+    """Fills in what the environment decides, and sets what gRPC and OpenMP read when they are imported."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters reaches us as errors; the rest is noise
     if "data_dir" in chosen:
         chosen.data_dir = _data_dir(chosen.data_dir)
     if "threads" in chosen:

@@ -38,6 +38,7 @@ def refusal(capsys, *arguments: str) -> str:
 def here(capsys, monkeypatch):
     """Runs a command in this process: exit code, stdout, stderr."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as `serve` would, but not for ever
+    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")
     monkeypatch.setattr(logs, "configure", lambda level, as_json: None)
 
     def run(*arguments: object) -> tuple[int, str, str]:

@@ -17,8 +17,8 @@ from tools.demo_play import Cast, Exchange, Speaker, make_cast, make_control
 from tools.demo_score import Score
 
 PROMISED = set(
-    """turns prompt_tokens cached_device_tokens cached_host_tokens recomputed_tokens recall_asked recall_correct
-    kills equal_turns compared_turns computed_tokens stateless_computed_tokens ttft_last_ms
+    """turns prompt_tokens cached_device_tokens cached_host_tokens recomputed_tokens recall_asked
+    recall_correct kills equal_turns compared_turns computed_tokens stateless_computed_tokens ttft_last_ms
     stateless_ttft_last_ms seconds""".split()
 )
 
