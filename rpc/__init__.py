@@ -9,7 +9,8 @@
                   listen     what may be exposed how
                   backend    what all of this asks of an engine
     client side   client     `ContinuoClient`: the connection and the unary calls
-                  chat       one conversation
+                  chat       one conversation, over as many connections as it takes
+                  converse_call  one of those connections
                   request    what may be asked for; reply, outcome: what comes back
                   failure    one exception per status
 

@@ -12,26 +12,19 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import suppress
 from typing import Unpack
 
-import grpc
-
 from rpc._generated import continuo_pb2 as pb
+from rpc.converse_call import Call, ConverseCall
 from rpc.failure import (
-    Cancelled,
     ContinuoError,
     FailedPrecondition,
     Internal,
     NotFound,
-    ResourceExhausted,
     Unavailable,
-    error_of_call,
-    error_of_ended,
     error_of_message,
 )
 from rpc.reply import Reply, ReplyEvent
 from rpc.request import Sampling, set_input
 
-MAX_MESSAGE_BYTES = 64 * 2**20
-Call = grpc.aio.StreamStreamCall[pb.ClientEvent, pb.ServerEvent]
 # Seconds before each new attempt; when they run out, the error is raised.
 Pauses = Callable[[], Iterator[float]]
 
@@ -47,8 +40,7 @@ class Chat:
         self.context_left = 0
         self._connect = connect
         self._pauses = pauses
-        self._call: Call | None = None
-        self._client_seq = 0
+        self._call: ConverseCall | None = None
         self._last_seq = 0
         self._turn_id = ""  # of the turn in flight
         self._reader: Callable[[], Reply | None] = lambda: None  # whoever holds the reply to it
@@ -79,10 +71,10 @@ class Chat:
         """Ends the turn in flight: its reply ends with CANCELLED.  What was said is kept unless `discard`."""
         if not self._turn_id:
             raise FailedPrecondition("no turn is in flight in this chat; there is nothing to cancel")
-        if self._call is None:
+        if self._call is None or self._call.ended:
             raise Unavailable("the connection is lost and not back yet; cancel again in a moment")
         cancel = pb.Cancel(turn_id=self._turn_id, discard=discard)
-        await self._send(self._call, pb.ClientEvent(cancel=cancel))
+        await self._call.send(pb.ClientEvent(cancel=cancel))
 
     async def close(self, *, delete: bool = False) -> None:
         """Leaves the conversation when its current turn has ended; with `delete`, erases it at once."""
@@ -91,7 +83,7 @@ class Chat:
         while True:
             try:
                 call = await self._attached()
-                await self._send(call, pb.ClientEvent(close=pb.Close(delete=delete)))
+                await call.send(pb.ClientEvent(close=pb.Close(delete=delete)))
                 while (await self._read(call)).WhichOneof("event") != "closed":
                     pass
                 return self._hang_up()
@@ -125,7 +117,7 @@ class Chat:
             while True:
                 try:
                     call = await self._attached()
-                    client_seq = await self._send(call, pb.ClientEvent(turn=turn))
+                    client_seq = await call.send(pb.ClientEvent(turn=turn))
                     while True:
                         event = _event_of(turn.turn_id, client_seq, await self._read(call))
                         if isinstance(event, pb.TurnDone):
@@ -177,8 +169,8 @@ class Chat:
         self._given_up, self._turn_id = self._turn_id, ""
         self._hang_up()
 
-    async def _attached(self) -> Call:
-        if self._call is None:
+    async def _attached(self) -> ConverseCall:
+        if self._call is None or self._call.ended:
             await self._attach(
                 pb.ClientEvent(resume=pb.Resume(conversation_id=self.id, after_seq=self._last_seq))
             )
@@ -187,31 +179,30 @@ class Chat:
             await self._settle(self._call)
         return self._call
 
-    async def _settle(self, call: Call) -> None:
+    async def _settle(self, call: ConverseCall) -> None:
         """Cancels the turn that was given up, keeping what was said, and waits for its end."""
         turn_id = self._given_up
-        client_seq = await self._send(call, pb.ClientEvent(cancel=pb.Cancel(turn_id=turn_id)))
+        client_seq = await call.send(pb.ClientEvent(cancel=pb.Cancel(turn_id=turn_id)))
         try:
             while not isinstance(_event_of(turn_id, client_seq, await self._read(call)), pb.TurnDone):
                 pass
         except Unavailable:
             raise
         except ContinuoError:  # it had ended already, or had never begun
-            if self._call is None:
+            if call.ended:
                 raise
         self._given_up = ""
 
     async def _attach(self, first: pb.ClientEvent) -> None:
-        call = self._connect()
-        self._client_seq = 0
+        call = ConverseCall(self._connect())
         try:
-            await self._send(call, first)
+            await call.send(first)
             answer = await self._read(call)
             attached = answer.opened if first.HasField("open") else answer.resumed
             if not attached.conversation_id:
                 raise Internal(f"the server answered {answer.WhichOneof('event')} where it had to attach")
         except BaseException:
-            call.cancel()
+            call.hang_up()
             raise
         self._call = call
         if not first.resume.HasField("after_seq"):
@@ -220,40 +211,14 @@ class Chat:
         self.committed_tokens, self.context_left = attached.committed_tokens, attached.context_left
         self.committed_turns = attached.committed_turns
 
-    async def _send(self, call: Call, event: pb.ClientEvent) -> int:
-        self._client_seq += 1
-        event.client_seq = self._client_seq
-        if (size := event.ByteSize()) > MAX_MESSAGE_BYTES:
-            raise ResourceExhausted(f"the event has {size} bytes; at most {MAX_MESSAGE_BYTES} can be sent")
-        try:
-            await call.write(event)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it is ending, or has ended
-            failure = await error_of_ended(call)
-            self._hang_up()
-            raise failure from None
-        return event.client_seq
-
-    async def _read(self, call: Call) -> pb.ServerEvent:
-        try:
-            event = await call.read()
-        except grpc.aio.AioRpcError as error:
-            self._hang_up()
-            raise error_of_call(error) from None
-        except asyncio.CancelledError:
-            self._hang_up()
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise Cancelled("the client was closed while this was going on") from None
-        if not isinstance(event, pb.ServerEvent):
-            self._hang_up()
-            raise Unavailable("the server ended the stream")
+    async def _read(self, call: ConverseCall) -> pb.ServerEvent:
+        event = await call.read()
         self._last_seq = max(self._last_seq, event.seq)
         return event
 
     def _hang_up(self) -> None:
         if self._call is not None:
-            self._call.cancel()
+            self._call.hang_up()
             self._call = None
 
 

@@ -22,7 +22,8 @@ import grpc
 
 from rpc._generated import continuo_pb2 as pb
 from rpc._generated import continuo_pb2_grpc as pb_grpc
-from rpc.chat import MAX_MESSAGE_BYTES, Chat
+from rpc.chat import Chat
+from rpc.converse_call import MAX_MESSAGE_BYTES
 from rpc.failure import (
     Aborted,
     AlreadyExists,

@@ -1,7 +1,6 @@
 """What the client raises: one class per gRPC status, all of them `ContinuoError`."""
 
-import asyncio
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -106,21 +105,3 @@ def error_of_call(error: grpc.aio.AioRpcError) -> ContinuoError:
                 break
     kind = _CLASSES.get(error.code().value[0], ContinuoError)
     return kind(error.details() or error.code().name)
-
-
-async def error_of_ended(call: grpc.aio.StreamStreamCall[Any, Any]) -> ContinuoError:
-    """Why a call took no more writes.
-
-    A write to a call that is just ending makes grpcio call the status INTERNAL, until the real one arrives a
-    moment later.  It never does if messages are still unread; then the connection counts as lost.
-    """
-    for _ in range(20):
-        if await call.details() != "Internal error from Core":
-            break
-        await asyncio.sleep(0.01)
-    else:
-        return Unavailable("the connection was lost while sending")
-    code, details, trailers = await call.code(), await call.details(), await call.trailing_metadata()
-    if code is grpc.StatusCode.OK:
-        return Unavailable("the server ended the stream")
-    return error_of_call(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, details))
