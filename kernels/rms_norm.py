@@ -1,6 +1,7 @@
 """RMSNorm over the last axis, alone or together with the residual addition before it."""
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -23,9 +24,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     library = dispatch.library()
     if library is None or not dispatch.covers(x):
         return rms_norm_ref(x, weight, eps)
-    rows = _rows(x, "x", weight)
+    _check(x, weight)
+    rows = _rows(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
     out = torch.empty_like(rows)
-    args = _arguments(rows, rows, eps)
+    args = _arguments(*rows.shape, rows.stride(0), 0, x.dtype, torch.get_num_threads(), eps)
     library.rms_norm(args, rows.data_ptr(), None, weight.data_ptr(), out.data_ptr(), None)
     return out if x.dim() == 2 else out.view(x.shape)
 
@@ -36,29 +38,32 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if library is None or not dispatch.covers(x):
         total = x + residual
         return rms_norm_ref(total, weight, eps), total
-    if x.dim() != 2 or residual.shape != x.shape:
-        raise ValueError(f"x and residual must be [T, N], got {list(x.shape)} and {list(residual.shape)}")
-    rows, added = _rows(x, "x", weight), _rows(residual, "residual", weight)
-    out, total = torch.empty_like(rows), torch.empty_like(rows)
-    args = _arguments(rows, added, eps)
-    library.rms_norm(
-        args, rows.data_ptr(), added.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr()
-    )
+    _check(x, weight)
+    if x.dim() != 2 or residual.shape != x.shape or residual.dtype != x.dtype:
+        given = f"{list(x.shape)} {x.dtype} and {list(residual.shape)} {residual.dtype}"
+        raise ValueError(f"x and residual must be [T, N] of one dtype, got {given}")
+    x, residual = _rows(x), _rows(residual)
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    args = _arguments(*x.shape, x.stride(0), residual.stride(0), x.dtype, torch.get_num_threads(), eps)
+    addresses = x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr()
+    library.rms_norm(args, *addresses)
     return out, total
 
 
-def _rows(x: Tensor, name: str, weight: Tensor) -> Tensor:
-    """x as [rows, N] with neighbouring elements side by side."""
+def _check(x: Tensor, weight: Tensor) -> None:
     if x.dtype != weight.dtype or x.shape[-1:] != weight.shape or not weight.is_contiguous():
-        raise ValueError(
-            f"{name} {x.dtype} {list(x.shape)} does not fit weight {weight.dtype} {list(weight.shape)}"
-        )
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+        given = f"{weight.dtype} {list(weight.shape)}"
+        raise ValueError(f"x {x.dtype} {list(x.shape)} does not fit weight {given}")
 
 
-def _arguments(rows: Tensor, residual: Tensor, eps: float) -> object:
-    count, size = rows.shape
-    is_bf16 = rows.dtype == torch.bfloat16
-    threads = torch.get_num_threads()
-    return ctypes.byref(NormArgs(count, size, rows.stride(0), residual.stride(0), is_bf16, threads, eps))
+def _rows(x: Tensor) -> Tensor:
+    """x with the elements of a row side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@functools.lru_cache(maxsize=256)  # a step asks for the same two dozens of times
+def _arguments(
+    rows: int, size: int, x_stride: int, residual_stride: int, dtype: torch.dtype, threads: int, eps: float
+) -> object:
+    is_bf16 = dtype == torch.bfloat16
+    return ctypes.pointer(NormArgs(rows, size, x_stride, residual_stride, is_bf16, threads, eps))

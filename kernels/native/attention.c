@@ -283,7 +283,8 @@ static void attend_chunks(const struct attention *a, int threads, const struct r
 
 /* q, out [T, H, D], kv [B, 2, G, P, D], lse [T, H].  Returns 0, or -1 when memory runs out. */
 int paged_attention(const struct attention *a, const char *q, const char *kv, char *out, float *lse) {
-    int group = a->heads / a->kv_heads, count = 0, bytes = 0;
+    int group = a->heads / a->kv_heads, count = 0;
+    int64_t bytes = 0;
     for (int s = 0; s < a->segments; s++)
         count += round_up((a->q_indptr[s + 1] - a->q_indptr[s]) * group, ROWS) / ROWS * a->kv_heads;
     struct rows *items = malloc(sizeof(*items) * (count + 1));
@@ -298,7 +299,7 @@ int paged_attention(const struct attention *a, const char *q, const char *kv, ch
                 for (int g = 0; g < a->kv_heads; g++, i++) {
                     items[i] = rows_at(a, s, g, tile * ROWS);
                     first_state[i + 1] = first_state[i] + chunks_of(items[i]);
-                    if (bytes < WORTH_A_THREAD) bytes += (items[i].high - items[i].low) * 2 * a->size * item_bytes(a);
+                    bytes += (items[i].high - items[i].low) * 2 * a->size * item_bytes(a);
                 }
         }
         int threads = bytes < WORTH_A_THREAD ? 1 : a->threads;

@@ -1,5 +1,5 @@
 """Compiles the C kernels: one shared library per instruction set, about a second each, kept under a name that
-changes with source, flags and compiler.  `python -m kernels.native.build` builds what this CPU can run.
+changes with source and flags.  `python -m kernels.native.build` builds what this CPU can run.
 
 The libraries use the OpenMP runtime that torch has loaded: two runtimes in one process would each keep a
 thread per core.

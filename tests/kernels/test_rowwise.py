@@ -136,7 +136,9 @@ def test_operands_that_do_not_fit_are_refused_by_name() -> None:
             ValueError, match=r"x torch.float32 \[2, 8\] does not fit weight torch.float32 \[7\]"
         ):
             rms_norm(x, torch.ones(7), 1e-6)
-        with pytest.raises(ValueError, match=r"x and residual must be \[T, N\], got \[2, 8\] and \[1, 8\]"):
+        with pytest.raises(
+            ValueError, match=r"must be \[T, N\] of one dtype, got \[2, 8\] torch.float32 and \[1, 8\]"
+        ):
             add_rms_norm(x, x[:1], torch.ones(8), 1e-6)
         with pytest.raises(ValueError, match="two halves"):
             silu_mul(x[:, :7])
