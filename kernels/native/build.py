@@ -1,5 +1,5 @@
 """Compiles the C kernels: one shared library per instruction set, about a second each, kept under a name that
-changes with source and flags.  `python -m kernels.native.build` builds what this CPU can run.
+changes with source and flags.  `python -m kernels.native.build` builds the best for this CPU.
 
 The libraries use the OpenMP runtime that torch has loaded: two runtimes in one process would each keep a
 thread per core.
@@ -137,17 +137,21 @@ def _only_ours(folder: Path) -> bool:
 
 
 def main() -> int:
+    """Builds the best set that compiles, as kernels.dispatch will choose it."""
     if not supported():
         print(f"kernels: torch only ({platform.machine()} on {sys.platform} has no native build)")
         return 0
-    isa, begin = supported()[0], time.monotonic()
-    try:
-        path = build(isa)
-    except BuildError as error:
-        print(f"kernels: torch only ({error})", file=sys.stderr)
-        return 1
-    print(f"kernels: native {isa.title}, {path.name}, {time.monotonic() - begin:.1f} s")
-    return 0
+    for isa in supported():
+        begin = time.monotonic()
+        try:
+            path = build(isa)
+        except BuildError as error:
+            print(f"kernels: no {isa.title} build: {error}", file=sys.stderr)
+            continue
+        print(f"kernels: native {isa.title}, {path.name}, {time.monotonic() - begin:.1f} s")
+        return 0
+    print("kernels: torch only", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
