@@ -19,8 +19,8 @@ _HIDDEN = "Internal error from Core"
 class ConverseCall:
     """Raises `ContinuoError`; afterwards the call is `ended`.
 
-    A write to a call that is just ending makes grpcio put INTERNAL in the place of its status, before or after
-    the real one arrives.  So every status is noted as it comes, and the real one is told.
+    A write to a call that is just ending makes grpcio put INTERNAL in the place of its status, before or
+    after the real one arrives.  So every status is noted as it comes, and the real one is told.
     """
 
     def __init__(self, call: Call) -> None:
