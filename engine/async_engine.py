@@ -334,8 +334,10 @@ class AsyncEngine:
                 f"this server has {self._info.fingerprint}; serve that model, or open a new conversation"
             )
         past = await self._text.past(record.system, turns)
+        seq = record.seq_mark + SEQ_GAP
+        await asyncio.wrap_future(self._log.set_seq_mark(conversation_id, seq))
         live = self._bring_to_life(record, turns, past)
-        live.seq, live.retries = record.seq_mark + SEQ_GAP, True
+        live.seq, live.retries = seq, True
         live.history_rewritten = bool(turns) and turns[-1].history_rewritten
         return live
 

@@ -138,12 +138,12 @@ class TokenLog:
 
         return self._submit(run)
 
-    def set_resume_token(self, conversation_id: ConversationId, token: str) -> Future[None]:
-        """Replace the resume token.  NotFound."""
+    def set_seq_mark(self, conversation_id: ConversationId, seq_mark: int) -> Future[None]:
+        """Events up to `seq_mark` may have been sent; a later life begins behind it.  NotFound."""
 
         def run(connection: sqlite3.Connection) -> None:
-            update = "UPDATE conversations SET resume_token = ? WHERE id = ?"
-            if connection.execute(update, (token, conversation_id)).rowcount == 0:
+            update = "UPDATE conversations SET seq_mark = ? WHERE id = ?"
+            if connection.execute(update, (seq_mark, conversation_id)).rowcount == 0:
                 raise NotFound(f"conversation {conversation_id} is not in the token log")
 
         return self._submit(run)

@@ -23,6 +23,7 @@ from engine.types import (
     ResumeRequest,
     SamplingParams,
     Tenant,
+    TurnAccepted,
     TurnDone,
     TurnFailed,
     TurnId,
@@ -153,8 +154,13 @@ class Histories:
         assert client.attachment is not None
         async with asyncio.timeout(20):
             async for event in client.attachment.events():
+                assert isinstance(event, TurnAccepted | Delta | TurnDone | TurnFailed)
+                if client.pending is None or event.turn_id != client.pending.turn_id:
+                    continue  # a turn that was sent again just when it ended is told twice
                 assert event.seq > client.seq, "events came twice or out of order"
                 client.seq = event.seq
+                if isinstance(event, TurnAccepted) and event.restarted:
+                    client.shown = []
                 if isinstance(event, Delta):
                     assert event.offset <= len(client.shown), "a part of the reply is missing"
                     client.shown[event.offset :] = event.token_ids

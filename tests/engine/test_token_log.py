@@ -44,11 +44,9 @@ def test_a_conversation_comes_back_as_it_was_committed(log: TokenLog, clock: Fak
     for seq, record in enumerate(turns):
         clock.now += 1
         log.commit_turn(ConversationId("c-1"), record, seq_mark=seq + 100).result()
-    log.set_resume_token(ConversationId("c-1"), "another").result()
+    log.set_seq_mark(ConversationId("c-1"), 500).result()
 
-    expected = conversation(
-        "c-1", num_turns=3, num_tokens=11, seq_mark=102, updated_at=clock.wall(), resume_token="another"
-    )
+    expected = conversation("c-1", num_turns=3, num_tokens=11, seq_mark=500, updated_at=clock.wall())
     assert stored(log, "c-1") == (expected, turns)
     assert stored(log, "c-2") == (
         conversation("c-2", system=None, labels={}, sampling=SamplingParams()),
@@ -103,7 +101,7 @@ def test_what_is_not_there_cannot_be_changed(log: TokenLog) -> None:
     gone = ConversationId("c-9")
     for operation in (
         log.commit_turn(gone, turn(0, 0), 1),
-        log.set_resume_token(gone, "x"),
+        log.set_seq_mark(gone, 1),
         log.delete(gone),
     ):
         with pytest.raises(NotFound, match="conversation c-9 is not in the token log"):
