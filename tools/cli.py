@@ -34,14 +34,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _use_environment(chosen)
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))
-    command = import_module(f"tools.{chosen.command}")
     try:
-        return int(command.run(chosen))
-    except command.EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, command.USAGE) else 1
+        command = import_module(f"tools.{chosen.command}")
+        try:
+            return int(command.run(chosen))
+        except command.EXPECTED as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2 if isinstance(error, command.USAGE) else 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output has gone; let nothing more be written there at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

@@ -14,15 +14,26 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from rpc.client import ContinuoClient, ContinuoError, Unavailable
 from tools.arguments import BUNDLED_MODEL, model_folder
-from tools.demo_play import Cast, Exchange, Kept, Resent, Speaker, make_cast, make_control, play
+from tools.demo_play import (
+    Cast,
+    Exchange,
+    Kept,
+    Resent,
+    Speaker,
+    make_cast,
+    make_control,
+    num_comparable,
+    play,
+)
 from tools.demo_score import Score
 from tools.demo_screen import Screen
 from tools.server_process import ServerFailed, ServerProcess
 
-DEVICE_KV_TOKENS = 4_096  # room for all friends, or for all visitors, not for both
+DEVICE_KV_TOKENS = 5_120  # room for all friends, or for all visitors, not for both
 
 
 class Stage:
@@ -38,20 +49,22 @@ class Stage:
             *arguments,
         )
 
-    async def __aenter__(self) -> "Stage":
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
         self.server = await ServerProcess.start(*self._arguments)
         # No retries: when to come back, and to which server, is part of the story.
         self.client = ContinuoClient(self.server.address, retry=False)
         await self.client.generate(messages=[{"role": "user", "content": "Hello!"}], max_tokens=4)  # warms up
-        return self
 
-    async def __aexit__(self, *error: object) -> None:
+    async def stop(self) -> None:
         await self.client.close()
-        await self.server.__aexit__(*error)
-
-    async def restart(self) -> None:
-        await self.__aexit__()
-        await self.__aenter__()
+        await self.server.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         score = asyncio.run(_play_both(model, Screen()))
     except (ServerFailed, ContinuoError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
         return 1
     print(json.dumps(score.figures()))
     return 1 if score.failures() else 0
@@ -86,9 +102,10 @@ async def _play_both(model: Path, screen: Screen) -> Score:
         async with Stage(model, "--data-dir", data_dir) as stage:
             num_cut_off = await _play_kept(stage, cast, screen)
             await _play_control(stage.client, control, screen)
+            comparable = [await num_comparable(stage.client, speaker) for speaker in cast.everybody]
     async with Stage(model, "--data-dir", "none", "--stateless") as stage:
         await _play_resent(stage.client, again, screen)
-    score = Score(cast, control, again, num_cut_off, is_bundled, time.perf_counter() - begin)
+    score = Score(cast, control, again, comparable, num_cut_off, is_bundled, time.perf_counter() - begin)
     screen.scoreboard(score.rows())
     screen.verdict(score.failures(), score.judged)
     return score
@@ -118,7 +135,8 @@ async def _play_kept(stage: Stage, cast: Cast, screen: Screen) -> int:
     begin, pid = time.perf_counter(), stage.server.pid
     cut_off = await _say_and_kill(friends, stage)
     screen.note(f"Server {pid} died during {len(cut_off)} of {len(friends)} replies.")
-    await stage.restart()
+    await stage.stop()
+    await stage.start()
     await _resume(stage.client, friends)
     await asyncio.gather(*(friend.say_next() for friend in cut_off))
     seconds = time.perf_counter() - begin

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
-from rpc.client import Chat, ContinuoClient, Reply, Turn
+from rpc.client import Chat, ContinuoClient, FinishReason, Reply, Turn
 from tools.demo_model.phrases import story_sentence
 from tools.demo_model.story import NOT_TOLD, Ask, Digress, Tell, facts_story, is_right
 
 SEED = 1
 NUM_FRIENDS, NUM_TURNS, NUM_FACTS = 6, 25, 7
-NUM_VISITORS, NUM_VISITOR_TURNS, NUM_SENTENCES = 5, 4, 20
+NUM_VISITORS, NUM_VISITOR_TURNS, NUM_SENTENCES = 7, 4, 20
 MAX_REPLY_TOKENS = 64
 
 Step = Tell | Digress | Ask
@@ -132,6 +132,19 @@ async def play(
         num_turns = None if num_turns is None else num_turns - 1
         after_turn()
     return exchanges
+
+
+async def num_comparable(client: ContinuoClient, speaker: Speaker) -> int:
+    """How many of the turns have a history that becomes the same tokens again when it is sent as text.
+
+    A model may spell a reply in other tokens than its tokenizer would, and what follows may then differ.
+    """
+    for number, exchange in enumerate(speaker.exchanges, start=1):
+        turn = exchange.turn
+        num_spelled = len(turn.token_ids) - (turn.finish_reason is FinishReason.STOP_TOKEN)
+        if await client.tokenize(turn.text) != turn.token_ids[:num_spelled]:
+            return number
+    return len(speaker.exchanges)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What the two runs of the demo came to: the scoreboard, the line of JSON, and what must not happen."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
@@ -13,6 +14,7 @@ class Score:
     kept: Cast
     control: list[Speaker]  # asked what nobody told them
     resent: Cast  # the same script, the history sent again every turn
+    comparable: list[int]  # of each speaker's turns, how many have the same history in both
     cut_off_turns: int  # by the kill; what their first attempts computed died with the server
     judged: bool  # whether the model was trained for this: recall and equality are then required
     seconds: float
@@ -41,10 +43,9 @@ class Score:
             "stateless_recall_correct": sum(exchange.is_right for exchange in asked_again),
             "control_asked": len(control),
             "control_not_told": sum(exchange.says_not_told for exchange in control),
-            "compared_turns": len(turns),
+            "compared_turns": sum(self.comparable),
             "equal_turns": sum(
-                ours.turn.token_ids == theirs.turn.token_ids
-                for ours, theirs in zip(turns, self.resent.exchanges, strict=True)
+                ours.turn.token_ids == theirs.turn.token_ids for ours, theirs in self._pairs()
             ),
             "ttft_first_ms": _ttft_ms(self.kept, 0),
             "ttft_last_ms": _ttft_ms(self.kept, -1),
@@ -52,6 +53,13 @@ class Score:
             "stateless_ttft_last_ms": _ttft_ms(self.resent, -1),
             "seconds": round(self.seconds, 1),
         }
+
+    def _pairs(self) -> Iterator[tuple[Exchange, Exchange]]:
+        """The comparable turns of both runs."""
+        for ours, theirs, num in zip(
+            self.kept.everybody, self.resent.everybody, self.comparable, strict=True
+        ):
+            yield from zip(ours.exchanges[:num], theirs.exchanges[:num], strict=True)
 
     def rows(self) -> list[tuple[str, str, str]]:
         f = self.figures()

@@ -17,7 +17,7 @@ class ServerFailed(Exception):
 class ServerProcess:
     """`continuo serve` as a child process that ends with this one, however this one ends.
 
-    Made by `start`; leaving its `async with` drains it.  Paths among the arguments are absolute.
+    Made by `start`; leaving its `async with` closes it.  Paths among the arguments are absolute.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, log: IO[bytes]) -> None:
@@ -50,23 +50,18 @@ class ServerProcess:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-        self._log.close()
+        await self.close()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def errors(self) -> str:
-        """What it has written to stderr."""
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")
-
-    async def stop(self) -> int:
-        """Drains it and returns its exit code; one that has ended already is left alone."""
+    async def close(self) -> None:
+        """Drains it, unless it has ended already."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        return await self._process.wait()
+        await self._process.wait()
+        self._log.close()
 
     async def kill(self) -> None:
         """kill -9."""
@@ -79,6 +74,8 @@ class ServerProcess:
         line = (await self._process.stdout.readline()).decode()
         if not line.startswith("listening on "):
             code = await self._process.wait()
-            last = (self.errors().splitlines() or [f"it ended with exit code {code} and said nothing"])[-1]
+            self._log.seek(0)
+            said = self._log.read().decode(errors="replace").splitlines()
+            last = said[-1] if said else f"it ended with exit code {code} and said nothing"
             raise ServerFailed(f"the server did not start: {last.removeprefix('error: ')}")
         self.address = line.removeprefix("listening on ").strip()

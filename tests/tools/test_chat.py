@@ -91,6 +91,20 @@ def test_an_unknown_conversation_and_a_full_context_are_told(serve, continuo, ta
     assert "tokens but" in ended.stderr and "To go on:" in ended.stderr
 
 
+def test_a_token_is_asked_for_and_taken_from_a_file(serve, continuo, tmp_path, talking_model):
+    tokens, mine = tmp_path / "tokens", tmp_path / "mine"
+    mine.write_text("0123456789abcdef\n")
+    tokens.write_text("alice 0123456789abcdef\n")
+    tokens.chmod(0o600)
+    server = serve(talking_model, "--token-file", tokens)
+    refused = continuo("chat", "--server", server.address, input="One.\n")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: no token was sent") and "--token-file FILE" in refused.stderr
+    ended = continuo("chat", "--server", server.address, "--token-file", mine, input="One.\n")
+    assert (ended.returncode, ended.stdout) == (0, f"{REPLY}\n")
+    assert "0123456789abcdef" not in ended.stderr + server.stderr
+
+
 def test_it_needs_neither_torch_nor_the_engine(continuo):
     code = (
         "import sys; from tools import cli; cli.main(['chat', '--server', '127.0.0.1:1']); "

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from engine.config import EngineConfig
 from rpc.client import ContinuoClient
-from tests.tools.conftest import ROOT
+from tests.tools.conftest import ROOT, command
 from tests.tools.talking_models import REPLY
 from tools import cli, logs
 from tools import serve as serve_command
@@ -185,6 +186,21 @@ def test_generate_ends_with_json_when_asked(continuo, talking_model):
     assert (answer["text"], len(answer["token_ids"]), answer["finish_reason"]) == (REPLY[:3], 3, "length")
     assert answer["usage"]["prompt_tokens"] == answer["usage"]["new_tokens"] == len(ids)
     assert answer["usage"]["completion_tokens"] == 3
+
+
+def test_generate_ends_quietly_when_nobody_reads_on(environment, talking_model):
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        command("generate", talking_model, "--prompt", "x\n"),
+        cwd=ROOT,
+        env=environment,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests.tools.conftest import ROOT
 from tests.tools.talking_models import REPLY, write_talking_model
 from tools.arguments import BUNDLED_MODEL
 from tools.demo_model.story import NOT_TOLD, Ask, Tell
-from tools.demo_play import Cast, Exchange, Speaker, make_cast, make_control
+from tools.demo_play import Cast, Exchange, Speaker, make_cast, make_control, num_comparable
 from tools.demo_score import Score
 
 PROMISED = set(
@@ -40,7 +40,7 @@ def test_the_bundled_model_remembers_through_pressure_and_kill_9(environment):
     assert code == 0, shown
     assert PROMISED <= figures.keys()
     assert figures["kills"] == 1 and figures["cut_off_turns"] >= 1
-    assert figures["equal_turns"] == figures["compared_turns"] == figures["turns"] >= 100
+    assert figures["equal_turns"] == figures["compared_turns"] > 0.9 * figures["turns"] > 100
     assert figures["recall_correct"] >= 0.95 * figures["recall_asked"] > 30
     assert figures["control_not_told"] == figures["control_asked"] > 30
     assert figures["recomputed_tokens"] > 1_000
@@ -104,7 +104,10 @@ UNKNOWN = f"You {NOT_TOLD} that."
 
 
 def score_of(
-    answers: list[str], stranger: str = UNKNOWN, ids_again: tuple[int, ...] = (1,), judged: bool = True
+    answers: list[str],
+    stranger: str = UNKNOWN,
+    ids_again: tuple[int, ...] = (1,),
+    num_comparable: int | None = None,
 ) -> Score:
     told = [spoken(Tell("My cat is called Miso."), "I see.", ttft_s=0.02)]
     asked = [spoken(TOLD, answer) for answer in answers]
@@ -112,7 +115,8 @@ def score_of(
     kept = Cast((speaker(*told, *asked, *untold),), (), 1)
     again = [*told, *asked, spoken(UNTOLD, UNKNOWN, ids_again, ttft_s=0.4)]
     control = [speaker(spoken(TOLD, stranger), spoken(UNTOLD, UNKNOWN))]
-    return Score(kept, control, Cast((speaker(*again),), (), 1), 1, judged, 12.34)
+    comparable = [len(again) if num_comparable is None else num_comparable]
+    return Score(kept, control, Cast((speaker(*again),), (), 1), comparable, 1, True, 12.34)
 
 
 def test_the_figures_count_what_was_asked_computed_and_equal():
@@ -141,4 +145,23 @@ def test_a_score_fails_for_lost_facts_for_differences_and_for_a_control_that_kno
     assert score_of([*right[2:], "It is Max.", "Rex."]).failures() == ["Only 18 of 20 facts came back right."]
     assert score_of(right, ids_again=(2,)).failures() == ["1 answers differ between the two runs."]
     assert score_of(right, stranger="Miso.").failures() == ["1 answers claim to know what nobody had told."]
-    assert replace(score_of([]), judged=False).failures() == []
+    assert replace(score_of(right, stranger="Miso."), judged=False).failures() == []
+
+
+def test_turns_after_an_unusual_spelling_are_not_compared():
+    figures = score_of(["It is Miso."], ids_again=(2,)).figures()
+    assert (figures["compared_turns"], figures["equal_turns"]) == (3, 2)
+    figures = score_of(["It is Miso."], ids_again=(2,), num_comparable=2).figures()
+    assert (figures["compared_turns"], figures["equal_turns"]) == (2, 2)
+
+
+async def test_a_reply_in_other_tokens_than_its_text_has_ends_what_can_be_compared():
+    class Client:
+        async def tokenize(self, text):
+            return {"one": (1,), "two": (2, 3), "odd": (4, 5)}[text]
+
+    as_usual = [spoken(TOLD, "one", (1, 99)), spoken(TOLD, "two", (2, 3, 99))]  # 99 ends the reply
+    assert await num_comparable(Client(), speaker(*as_usual)) == 2
+    odd = spoken(TOLD, "odd", (45, 99))
+    assert await num_comparable(Client(), speaker(as_usual[0], odd, *as_usual)) == 2
+    assert await num_comparable(Client(), speaker(odd, *as_usual)) == 1
