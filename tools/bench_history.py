@@ -15,7 +15,8 @@ from typing import Any
 
 from rpc.client import ContinuoClient
 from rpc.outcome import Delta
-from tools.measure import median, model_of_shape, server, write_result
+from tools.measure import median, model_of_shape, server_arguments, write_result
+from tools.server_process import ServerProcess
 from tools.workload import prompt_ids
 
 HISTORIES = (128, 512, 1024, 2048)
@@ -37,8 +38,8 @@ async def _measure(folder: Path, repeats: int) -> dict[str, Any]:
     kept: dict[int, list[float]] = {history: [] for history in HISTORIES}
     reread: dict[int, list[float]] = {history: [] for history in HISTORIES}
     async with (
-        server(folder, "--device-kv-tokens", "20000") as process,
-        ContinuoClient(process.address) as client,
+        await ServerProcess.start(*server_arguments(folder, "--device-kv-tokens", "20000")) as server,
+        ContinuoClient(server.address) as client,
     ):
         for repeat in range(repeats + 1):  # the first round warms up
             for history in HISTORIES:

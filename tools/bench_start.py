@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rpc.client import ContinuoClient
-from tools.measure import median, server, write_result
+from tools.measure import median, server_arguments, write_result
+from tools.server_process import ServerProcess
 
 
 def main() -> None:
@@ -33,7 +34,8 @@ def main() -> None:
 
 async def _first_token_s(model: Path | None) -> float:
     begun = time.perf_counter()
-    async with server(model) as process, ContinuoClient(process.address) as client:
+    server = await ServerProcess.start(*server_arguments(model))
+    async with server, ContinuoClient(server.address) as client:
         async for delta in client.generate(token_ids=[1, 2, 3], max_tokens=2, ignore_eos=True):
             if delta.token_ids:
                 return time.perf_counter() - begun

@@ -95,7 +95,7 @@ class _probe:
 
 
 def through_grpc(address: str, seed: int, with_long: bool) -> float:
-    """Runs in the client's process: tokens per second; `with_long` opens a long history in the middle of it."""
+    """Runs in the client's process: tokens per second.  `with_long` opens a long history meanwhile."""
 
     async def run() -> float:
         async with ContinuoClient(address) as client:

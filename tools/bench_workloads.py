@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rpc.client import ContinuoClient
-from tools.measure import dram_read_gbps, median, model_of_shape, percentile, server, write_result
+from tools.measure import dram_read_gbps, median, model_of_shape, percentile, server_arguments, write_result
+from tools.server_process import ServerProcess
 from tools.workload import MANY, ONE, Outcome, Workload, drive
 
 PEER_GBPS = 49.0
@@ -40,8 +41,8 @@ async def _measure(shape: str, folder: Path, repeats: int) -> dict[str, Any]:
     outcomes: dict[str, list[Outcome]] = {name: [] for name in WORKLOADS}
     bandwidth = [dram_read_gbps()]
     async with (
-        server(folder, "--device-kv-tokens", "40000") as process,
-        ContinuoClient(process.address) as client,
+        await ServerProcess.start(*server_arguments(folder, "--device-kv-tokens", "40000")) as server,
+        ContinuoClient(server.address) as client,
     ):
         await drive(client, Workload(2, 1, 100, 8), VOCAB, seed=99)  # warm
         for repeat in range(repeats):

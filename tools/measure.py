@@ -1,8 +1,5 @@
-"""What the benchmarks share: the machine they ran on, a server of their own, percentiles, and the result
-file.
-"""
+"""What the benchmarks share: the machine they ran on, models, percentiles, and the result file."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -11,8 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +81,6 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def median(values: Sequence[float]) -> float:
-    return percentile(values, 0.5)
-
-
 @contextlib.contextmanager
 def model_of_shape(shape: str, folder: Path | None) -> Iterator[Path]:
     """`folder`, or without one a random model of a shape of `tools.random_model`, gone afterwards."""
@@ -102,33 +94,11 @@ def model_of_shape(shape: str, folder: Path | None) -> Iterator[Path]:
         yield Path(scratch)
 
 
-@dataclass(frozen=True, slots=True)
-class ServerProcess:
-    address: str
-    pid: int
-    ready_s: float  # from the start of the process to its ready line
+def median(values: Sequence[float]) -> float:
+    return percentile(values, 0.5)
 
 
-@contextlib.asynccontextmanager
-async def server(model: Path | str | None, *flags: str) -> AsyncIterator[ServerProcess]:
-    """A `continuo serve` of its own on a free port, without a data dir unless `flags` give one; stopped at
-    the end.
-    """
-    command = [sys.executable, "-m", "tools.cli", "serve", *([str(model)] if model else [])]
-    command += ["--listen", "127.0.0.1:0", *flags]
-    if "--data-dir" not in flags:
-        command += ["--data-dir", "none"]
-    begun = time.perf_counter()
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=sys.stderr
-    )
-    try:
-        assert process.stdout is not None
-        line = (await process.stdout.readline()).decode()
-        if not line.startswith("listening on "):
-            raise RuntimeError(f"the server did not start: {' '.join(command)}")
-        yield ServerProcess(line.split()[-1], process.pid, time.perf_counter() - begun)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-        await process.wait()
+def server_arguments(model: Path | None, *flags: str) -> list[str]:
+    """For a server of one's own that keeps nothing on disk."""
+    given = [str(model.absolute())] if model else []
+    return [*given, "--listen", "127.0.0.1:0", "--data-dir", "none", *flags]

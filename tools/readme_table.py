@@ -1,0 +1,114 @@
+"""The README's table of measured numbers, made from tools/results.
+
+    python -m tools.readme_table          prints it
+    python -m tools.readme_table --write  puts it between the README's markers
+
+A test compares the README with it, so that no number there is anything but a measured one.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- measured: python -m tools.readme_table --write -->", "<!-- /measured -->"
+SHAPES = ("llama-160m", "qwen2.5-0.5b")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true")
+    if parser.parse_args().write:
+        README.write_text(with_table(README.read_text()))
+    else:
+        print(table())
+
+
+def with_table(readme: str) -> str:
+    """`readme` with what stands between its markers made anew."""
+    head, _, rest = readme.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+
+
+def table() -> str:
+    rows = ["| what | measured | by |", "|---|---|---|"]
+    rows += [f"| {what} | {figure} | `{by}` |" for what, figure, by in _rows()]
+    return "\n".join(rows)
+
+
+def _load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
+
+
+def _rows() -> list[tuple[str, str, str]]:
+    history, wire, log, demo = _load("history"), _load("wire"), _load("token_log"), _load("demo_model")
+    kept, again = history["ttft_kept_ms"], history["ttft_reread_ms"]
+    rows = [
+        (
+            "time to first token, 32 new tokens after 128 → 2,048 tokens of history (llama-160m)",
+            f"kept: {kept['128']} → {kept['2048']} ms; read again: {again['128']} → {again['2048']} ms",
+            "bench_history",
+        ),
+        (
+            "slope of it, per 1,000 tokens of history",
+            f"kept: {history['slope_kept_ms_per_1k']} ms; read again: {history['slope_reread_ms_per_1k']} ms",
+            "bench_history",
+        ),
+    ]
+    for shape in SHAPES:
+        decode, load = _load(f"decode_{shape}"), _load(f"workloads_{shape}")
+        rows += [
+            (
+                f"decoding one conversation at {decode['context']} tokens, {shape}",
+                f"{decode['step_ms']} ms per token, {decode['share_of_bandwidth']:.0%} of what "
+                f"{decode['dram_read_gbps']} GB/s of DRAM allow",
+                "bench_decode",
+            ),
+            (
+                f"1 conversation, 8 turns of 200 + 64 tokens, {shape}",
+                f"{load['one']['tokens_per_s']} tokens/s, first token after {load['one']['ttft_mean_ms']} ms",
+                "bench_workloads",
+            ),
+            (
+                f"16 conversations at once, 6 turns of 100 + 64 tokens, {shape}",
+                f"{load['many']['tokens_per_s']} tokens/s, first token after {load['many']['ttft_mean_ms']} ms",
+                "bench_workloads",
+            ),
+        ]
+    start, qwen = _load("start_demo"), _load("start_qwen2.5-0.5b")
+    return [
+        *rows,
+        (
+            "through gRPC, against the same batch in process (8 streams)",
+            f"{wire['grpc_over_in_process']:.0%} of the tokens/s; event loop late by "
+            f"{wire['loop_lag_p99_ms']} ms at p99",
+            "bench_wire",
+        ),
+        (
+            "from starting the process to the first token at a client",
+            f"{start['first_token_s']} s (demo model), {qwen['first_token_s']} s (qwen2.5-0.5b)",
+            "bench_start",
+        ),
+        (
+            "committing a turn to the token log",
+            f"{log['one_by_one']['ms_p50']:.1f} ms alone, {log['grouped_by_16']['ms_p50']:.1f} ms for 16 at once",
+            "bench_log",
+        ),
+        (
+            "the demo model, asked for facts told 2 to 12 turns ago (held-out dialogues)",
+            demo_figure(demo),
+            "demo_model.evaluate",
+        ),
+    ]
+
+
+def demo_figure(demo: dict[str, Any]) -> str:
+    return str(demo)
+
+
+if __name__ == "__main__":
+    main()
