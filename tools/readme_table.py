@@ -75,7 +75,8 @@ def _rows() -> list[tuple[str, str, str]]:
             ),
             (
                 f"16 conversations at once, 6 turns of 100 + 64 tokens, {shape}",
-                f"{load['many']['tokens_per_s']} tokens/s, first token after {load['many']['ttft_mean_ms']} ms",
+                f"{load['many']['tokens_per_s']} tokens/s, "
+                f"first token after {load['many']['ttft_mean_ms']} ms",
                 "bench_workloads",
             ),
         ]
@@ -95,7 +96,8 @@ def _rows() -> list[tuple[str, str, str]]:
         ),
         (
             "committing a turn to the token log",
-            f"{log['one_by_one']['ms_p50']:.1f} ms alone, {log['grouped_by_16']['ms_p50']:.1f} ms for 16 at once",
+            f"{log['one_by_one']['ms_p50']:.1f} ms alone, "
+            f"{log['grouped_by_16']['ms_p50']:.1f} ms for 16 at once",
             "bench_log",
         ),
         (
@@ -107,7 +109,12 @@ def _rows() -> list[tuple[str, str, str]]:
 
 
 def demo_figure(demo: dict[str, Any]) -> str:
-    return str(demo)
+    asked = demo["questions"]["held_out"]
+    shares = {kind: f"{asked[kind]['share']:.1%}" for kind in asked}
+    return (
+        f"{shares['recall']} right ({shares['recall name']} of names and {shares['recall number']} of numbers "
+        f"never seen in training); never told: {shares['not_told']} say so"
+    )
 
 
 if __name__ == "__main__":
