@@ -112,7 +112,7 @@ def demo_figure(demo: dict[str, Any]) -> str:
     asked = demo["questions"]["held_out"]
     shares = {kind: f"{asked[kind]['share']:.1%}" for kind in asked}
     return (
-        f"{shares['recall']} right ({shares['recall name']} of names and {shares['recall number']} of numbers "
+        f"{shares['recall']} right ({shares['recall name']} of names, {shares['recall number']} of numbers "
         f"never seen in training); never told: {shares['not_told']} say so"
     )
 
