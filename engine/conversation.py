@@ -59,6 +59,7 @@ class Conversation:
     table: BlockTable
     tokens: "array[int]" = field(default_factory=lambda: array("i"))
     num_committed: int = 0
+    num_computed: int = 0  # of the first tokens: those that were computed before the turn in flight, ever
     turn: Turn | None = None
 
     def begin(self, turn: Turn) -> None:
@@ -75,5 +76,11 @@ class Conversation:
             raise InvariantError(f"conversation {self.id} has no turn to end")
         if num_reply_kept is not None:
             self.num_committed += len(self.turn.prompt_ids) + num_reply_kept
-        del self.tokens[self.num_committed :]
         self.turn = None
+        self.cut(self.num_committed)
+
+    def cut(self, num_tokens: int) -> None:
+        """Forget everything from token `num_tokens` on."""
+        del self.tokens[num_tokens:]
+        self.num_committed = min(self.num_committed, num_tokens)
+        self.num_computed = min(self.num_computed, num_tokens)

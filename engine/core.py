@@ -62,6 +62,7 @@ class EngineCore:
         conversation = Conversation(id, tenant, self.manager.new_table(tenant, self._clock.monotonic()))
         conversation.tokens.extend(tokens)
         conversation.num_committed = len(tokens)
+        conversation.num_computed = max(0, len(tokens) - 1)  # the last one was sampled only
         self.manager.extend(conversation.table, conversation.tokens)
         return conversation
 
@@ -124,8 +125,7 @@ class EngineCore:
         """Forget the committed history from token `num_tokens` on."""
         if conversation.turn is not None or num_tokens > conversation.num_committed:
             raise InvariantError(f"conversation {conversation.id} cannot be cut at token {num_tokens}")
-        conversation.num_committed = num_tokens
-        del conversation.tokens[num_tokens:]
+        conversation.cut(num_tokens)
         self.manager.truncate(conversation.table, num_tokens)
 
     # -- steps

@@ -3,7 +3,7 @@
 Turns that decode come first, then prompts in chunks, first come first served, then the queue.  A turn that
 was suspended or whose history lost blocks simply has more missing positions than others.  When slots run
 out, the newest running turn is suspended: its blocks become evictable and it goes back to the head of the
-queue.
+queue.  So is a paused turn, whose reader is slow, as soon as another turn waits.
 """
 
 from collections import deque
@@ -39,14 +39,18 @@ class Scheduler:
         self._short: Turn | None = None  # found no slots last time: goes first
         self._num_steps = 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Turns that would run if they could; those whose readers are slow do not want to."""
+        return sum(not turn.paused for turn in self.waiting)
+
     def submit(self, turn: Turn) -> None:
         self.waiting.append(turn)
 
     def remove(self, turn: Turn, now: float) -> None:
         """The turn is over or given up.  Its blocks stay with the conversation, evictable from now on."""
         if turn.state is TurnState.RUNNING:
-            self.running.remove(turn)
-            self.manager.deactivate(turn.conversation.table, now)
+            self._stop(turn, now)
         elif turn.state is TurnState.WAITING:
             self.waiting.remove(turn)
         turn.state = TurnState.FINISHED
@@ -55,6 +59,9 @@ class Scheduler:
         """The next step, with its blocks pinned; None if nothing can be computed now."""
         self._num_steps += 1
         parts = _Parts()
+        if self.num_waiting:
+            for turn in [turn for turn in self.running if turn.paused]:
+                self._suspend(turn, now)
         short, self._short = self._short, None
         order = sorted(self.running, key=lambda turn: (turn is not short, not turn.caught_up))
         for turn in order:
@@ -64,16 +71,13 @@ class Scheduler:
                 and parts.num_tokens < self.max_step_tokens
             ):
                 self._add(parts, turn, now)
-        while (
-            self.waiting
-            and len(self.running) < self.max_concurrent
-            and parts.num_tokens < self.max_step_tokens
-        ):
-            if self.waiting[0].paused or not self._fits(self.waiting[0]):
+        while len(self.running) < self.max_concurrent and parts.num_tokens < self.max_step_tokens:
+            first = next((turn for turn in self.waiting if not turn.paused), None)
+            if first is None or not self._fits(first):
                 break
-            turn = self.waiting.popleft()
-            self._start(turn, now)
-            self._add(parts, turn, now)
+            self.waiting.remove(first)
+            self._start(first, now)
+            self._add(parts, first, now)
         if not parts.segments:
             return None
         blocks = tuple(parts.blocks)
@@ -101,11 +105,11 @@ class Scheduler:
             turn.usage = self._usage(turn)
 
     def _usage(self, turn: Turn) -> Usage:
-        """The last token of the history was sampled but never computed, so it counts as new."""
-        conversation = turn.conversation
-        prompt, history = len(conversation.tokens), max(0, conversation.num_committed - 1)
-        cached = self.manager.num_cached(conversation.table, prompt)
-        recomputed = history - self.manager.num_cached(conversation.table, history)
+        """The last token is computed in any case: its logits choose the reply's first."""
+        conversation, num_cached = turn.conversation, self.manager.num_cached
+        prompt, history = len(conversation.tokens), conversation.num_computed
+        cached = num_cached(conversation.table, prompt - 1)
+        recomputed = history - num_cached(conversation.table, history)
         return Usage(
             prompt_tokens=prompt,
             cached_device_tokens=cached,
@@ -114,10 +118,16 @@ class Scheduler:
         )
 
     def _suspend(self, turn: Turn, now: float) -> None:
-        self.running.remove(turn)
-        self.manager.deactivate(turn.conversation.table, now)
+        self._stop(turn, now)
         turn.state, turn.caught_up = TurnState.WAITING, False
         self.waiting.appendleft(turn)
+
+    def _stop(self, turn: Turn, now: float) -> None:
+        conversation = turn.conversation
+        reached = self.manager.num_cached(conversation.table, len(conversation.tokens))
+        conversation.num_computed = max(conversation.num_computed, reached)
+        self.running.remove(turn)
+        self.manager.deactivate(conversation.table, now)
 
     def _add(self, parts: "_Parts", turn: Turn, now: float) -> None:
         """Plan the turn's missing positions, as many as budget and slots allow."""
@@ -143,7 +153,12 @@ class Scheduler:
                 self._short = turn
                 break
         if not runs:
-            return
+            if out_of_slots or turn.num_pending:
+                return
+            # Blocks of other conversations hold all of it, and yet nobody has this turn's next token: the
+            # last position is computed once more, which writes what is there already.
+            runs = [Run(end - 1, 1)]
+            parts.num_tokens += 1
         parts.in_plan.add(turn)
         slots = self.manager.slots(conversation.table, end)
         size = self.manager.block_size

@@ -106,7 +106,7 @@ class Turns:
     def _check_room(self) -> None:
         if self.stopped is not None:
             raise self.stopped
-        waiting = len(self.core.scheduler.waiting)
+        waiting = self.core.scheduler.num_waiting
         if waiting >= self._max_queue:
             raise QueueFull(
                 f"{waiting} turns are waiting already, of at most {self._max_queue}; try again in a second"
@@ -120,7 +120,7 @@ class Turns:
         if live.is_deleted:
             raise NotFound(f"conversation {live.record.id} was deleted")
         self._check_room()
-        position = len(self.core.scheduler.waiting)
+        position = self.core.scheduler.num_waiting
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         turn = self.core.begin(live.core, request.turn_id, ids, sampling, seed)
         detokenizer = self._text.detokenizer(sampling.stop or (), ids[-1], sampling.min_tokens or 0)

@@ -150,11 +150,14 @@ class KVCacheManager:
         return -(-num_tokens // self.block_size) - have
 
     def num_cached(self, table: BlockTable, num_tokens: int) -> int:
-        """How many of the first `num_tokens` tokens hold KV now."""
+        """How many of the first `num_tokens` tokens need not be computed: their KV is here, or a planned step
+        writes it.
+        """
         size = self.block_size
-        return sum(
-            min(block.num_valid, max(0, num_tokens - i * size)) for i, block in enumerate(table.blocks)
-        )
+        num_full, rest = divmod(num_tokens, size)
+        blocks = table.blocks[: num_full + 1]
+        num_whole = sum([block.num_scheduled for block in blocks[:num_full]])
+        return num_whole + sum([min(block.num_scheduled, rest) for block in blocks[num_full:]])
 
     @property
     def num_available(self) -> int:

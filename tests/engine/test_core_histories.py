@@ -3,6 +3,7 @@ run.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,11 +29,14 @@ from tests.fakes import EOS, VOCAB, FakeClock, FakeRunner, stateless_reply
 
 NUM_SLOTS, BLOCK_SIZE, CONTEXT = 11, 4, 40
 SYSTEM = [5, 6, 7, 8, 9, 10, 11, 12, 13]  # two full blocks and one token, which conversations share
-TOKENS = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9)
+ANY = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9)
+TOKENS = ANY | st.sampled_from(
+    [[5], [5, 6, 7], [5, 6, 7, 8]]
+)  # few of them, so that conversations become equal
 
 
 class Histories(RuleBasedStateMachine):
-    """Open, turn, cancel, discard, leave memory, come back: steps run with or without one step of
+    """Open, turn, pause, cancel, discard, leave memory, come back: steps run with or without one step of
     run-ahead.
     """
 
@@ -105,6 +109,13 @@ class Histories(RuleBasedStateMachine):
         assert list(turn.conversation.tokens) == self.started[turn] + turn.reply_ids
 
     @precondition(lambda self: any(c.turn for c in self.conversations))
+    @rule(data=st.data(), paused=st.booleans())
+    def pause_or_go_on(self, data: st.DataObject, paused: bool) -> None:
+        turn = data.draw(st.sampled_from([c for c in self.conversations if c.turn])).turn
+        assert turn is not None
+        turn.paused = paused
+
+    @precondition(lambda self: any(c.turn for c in self.conversations))
     @rule(data=st.data(), keep=st.booleans())
     def cancel(self, data: st.DataObject, keep: bool) -> None:
         conversation = data.draw(st.sampled_from([c for c in self.conversations if c.turn]))
@@ -141,9 +152,17 @@ class Histories(RuleBasedStateMachine):
                     assert block.num_active or block.num_pins or block.evictable or block.slot == -1
 
     def teardown(self) -> None:
-        """Every turn comes to an end: no deadlock, whatever was suspended or evicted."""
+        """Every turn comes to an end: no deadlock, whatever was suspended or evicted.  Those whose readers
+        are slow keep nobody waiting."""
+        self.end_turns(lambda turn: not turn.paused)
+        for conversation in self.conversations:
+            if conversation.turn is not None:
+                conversation.turn.paused = False
+        self.end_turns(lambda turn: True)
+
+    def end_turns(self, concerned: Callable[[Turn], bool]) -> None:
         for _ in range(2_000):
-            if not self.launched and all(c.turn is None for c in self.conversations):
+            if not self.launched and not any(c.turn and concerned(c.turn) for c in self.conversations):
                 return
             self.step(1)
             self.manager.check()
