@@ -1,25 +1,36 @@
 """Linear layers whose weight is packed once, so that a few rows stream it at memory speed.
 
-oneDNN lays the weight out in the blocks its inner loops read.  Whether the bits of a row depend on how many
-rows it comes with was measured (torch 2.13, one thread, shapes of 160M to 0.5B models, 1 to 300 rows):
+bfloat16 on CPUs with AMX goes to the native kernel (native/linear.c), everything else to oneDNN.  Whether the
+bits of a row depend on how many rows it comes with was measured (torch 2.13, one thread, shapes of 160M to
+0.5B models, 1 to 300 rows):
 
     float32             independent from 2 rows on, so fewer than 4 are padded
     bfloat16            independent on CPUs with AVX-512 BF16 dots
-    bfloat16 with AMX   dependent: the tile kernels split the sum by the number of rows
+    bfloat16 with AMX   dependent in oneDNN, whose tile kernels split the sum by the number of rows;
+                        independent in the native kernel
 """
+
+import ctypes
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import dispatch
+from kernels.native import memory
 from kernels.native.build import cpu_flags
+from kernels.native.library import Library, LinearArgs
 
-_LEAST_ROWS = 4  # of a float32 product
+_LEAST_ROWS = 4  # of a float32 product in oneDNN
+_TILE = 32  # inputs and outputs of a pair of tiles in native/linear.c
 _CAN_PACK = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def rows_are_independent(dtype: torch.dtype) -> bool:
-    """Whether PackedLinear gives a row the same bits alone as among others, on this machine."""
+    """Whether a PackedLinear made now gives a row the same bits alone as among others."""
+    if _tile_library(dtype):
+        return True
     return _CAN_PACK and (dtype == torch.float32 or "amx_bf16" not in cpu_flags())
 
 
@@ -41,22 +52,63 @@ class PackedLinear:
             )
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        self._bias = bias
-        self._is_packed = _CAN_PACK and weight.dtype in (torch.float32, torch.bfloat16)
-        self._weight = weight.detach()
-        if self._is_packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        self._product = _product(weight.detach(), bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, K] -> [T, N], both in the weight's dtype."""
-        if not self._is_packed:
-            return F.linear(x, self._weight, self._bias)
         if x.dtype != self.dtype or x.shape[1:] != (self.in_features,):
             raise ValueError(f"x must be {self.dtype} [T, {self.in_features}], got {x.dtype} {list(x.shape)}")
-        rows = x.shape[0]
-        if rows == 0:
-            return x.new_empty(0, self.out_features)
-        missing = _LEAST_ROWS - rows if self.dtype == torch.float32 else 0
+        return self._product(x) if len(x) else x.new_empty(0, self.out_features)
+
+
+def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    library = _tile_library(weight.dtype)
+    if library is not None and weight.numel():
+        return _TileProduct(library, weight, bias)
+    if _CAN_PACK and weight.numel() and weight.dtype in (torch.float32, torch.bfloat16):
+        return _OneDnnProduct(weight, bias)
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _tile_library(dtype: torch.dtype) -> Library | None:
+    library = dispatch.library() if dtype == torch.bfloat16 else None
+    return library if library is not None and library.linear is not None else None
+
+
+class _TileProduct:
+    """In native C, on the tile unit."""
+
+    def __init__(self, library: Library, weight: Tensor, bias: Tensor | None) -> None:
+        (outputs, inputs), weight = weight.shape, weight if weight.stride(1) == 1 else weight.contiguous()
+        panels, self._padding = -(-outputs // _TILE), -inputs % _TILE
+        self._outputs, self._linear = outputs, library.linear
+        self._packed = memory.zeros((panels, inputs + self._padding, _TILE), torch.bfloat16)
+        self._bias = None if bias is None else bias.detach().contiguous()
+        library.pack_linear(
+            *(weight.data_ptr(), self._packed.data_ptr()),
+            *(outputs, inputs, weight.stride(0), torch.get_num_threads()),
+        )
+        bias_address = None if self._bias is None else self._bias.data_ptr()
+        padded = inputs + self._padding
+        self._args = ctypes.pointer(LinearArgs(self._packed.data_ptr(), bias_address, outputs, padded))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, self._padding)) if self._padding else x.contiguous()
+        out = x.new_empty(len(x), self._outputs)
+        self._linear(self._args, x.data_ptr(), out.data_ptr(), len(x), torch.get_num_threads())
+        return out
+
+
+class _OneDnnProduct:
+    """In oneDNN, on a weight in the blocks that its inner loops read."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self._bias = bias
+        self._least_rows = _LEAST_ROWS if weight.dtype == torch.float32 else 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows, missing = len(x), self._least_rows - len(x)
         if missing > 0:
             x = F.pad(x, (0, 0, 0, missing))
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")

@@ -219,7 +219,7 @@ static int chunks_of(struct rows rows) { return (rows.high + CHUNK - 1) / CHUNK 
 
 static void enter(const struct attention *a, struct scratch *w) {
 #if defined(__AMX_BF16__)
-    configure_tiles();
+    configure_tiles(ROWS);
     if (in_pairs(a)) /* steps that pad D to whole tiles: zero in q, so they must not be NaN here */
         memset(w->keys + a->size / 2 * KEYS, 0, sizeof(*w->keys) * (steps_of(a) - a->size / 2) * KEYS);
 #else

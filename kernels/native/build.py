@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
-_SOURCES = ("attention.c", "rowwise.c")
+_SOURCES = ("attention.c", "linear.c", "rowwise.c")
 _HEADERS = ("simd.h", "product.h", "load.h")
 _FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno"),

@@ -19,6 +19,15 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+class LinearArgs(ctypes.Structure):
+    """struct linear of linear.c."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "bias")),
+        *((name, c_int64) for name in ("outputs", "inputs")),
+    )
+
+
 class NormArgs(ctypes.Structure):
     """struct norm of rowwise.c."""
 
@@ -50,6 +59,8 @@ class Library:
     rms_norm: Any  # (NormArgs, x, residual | None, weight, out, total | None)
     silu_mul: Any  # (x, out, rows, size, stride, is_bf16, threads)
     rope_kv_write: Any  # (RopeArgs, q, k, v, cos_sin, kv, out)
+    linear: Any  # (LinearArgs, x, out, rows, threads); None without AMX
+    pack_linear: Any  # (weight, packed, N, K, stride, threads); None without AMX
 
 
 def load(isa: InstructionSet) -> Library:
@@ -63,10 +74,13 @@ def load(isa: InstructionSet) -> Library:
         found.argtypes, found.restype = arguments, result
         return found
 
+    has_tiles = "amx_bf16" in isa.cpu_flags
     return Library(
         isa,
         function("paged_attention", c_int, POINTER(AttentionArgs), *[c_void_p] * 4),
         function("rms_norm", None, POINTER(NormArgs), *[c_void_p] * 5),
         function("silu_mul", None, *[c_void_p] * 2, *[c_int64] * 5),
         function("rope_kv_write", None, POINTER(RopeArgs), *[c_void_p] * 6),
+        function("linear", None, POINTER(LinearArgs), *[c_void_p] * 2, *[c_int64] * 2) if has_tiles else None,
+        function("pack_linear", None, *[c_void_p] * 2, *[c_int64] * 4) if has_tiles else None,
     )

@@ -52,14 +52,18 @@ INLINE void multiply_block(const int rows, const int vecs, const bool pairs, con
 
 #if defined(__AMX_BF16__)
 
-static void configure_tiles(void) { /* eight tiles of sixteen rows of 64 bytes; oneDNN sets its own shapes in between */
+/* For products of `rows` rows, at most 32; oneDNN sets its own shapes in between.  Tiles 0 to 3 are c by quarters, 4
+ * and 5 the halves of a, 6 and 7 those of b. */
+INLINE void configure_tiles(int rows) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t row_bytes[16];
         uint8_t rows[16];
     } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = 16;
-    _tile_loadconfig(&shape);
+    int upper = smaller(rows, 16), lower = rows > 16 ? rows - 16 : 1;
+    const uint8_t heights[] = {upper, upper, lower, lower, upper, lower, 16, 16};
+    for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = heights[i];
+    __asm__ volatile("ldtilecfg %0" ::"m"(shape)); /* GCC's intrinsic reads eight bytes of it, for all GCC knows */
 }
 
 /* The product of at most 32 rows on the tile unit.  It always computes sixteen or 32: a and c must have room. */
@@ -67,6 +71,7 @@ INLINE void multiply_tiles(const bool fresh, int rows, int columns, int steps, c
                            const uint32_t *b, int b_stride, float *c, int c_stride) {
     float *lower = c + 16 * c_stride;
     bool below = rows > 16;
+    __asm__ volatile("" ::: "memory"); /* GCC does not know that tile loads read what was stored before them */
     for (int x = 0; x < columns; x += 32) {
         bool right = columns - x > 16;
         if (fresh) {

@@ -1,0 +1,32 @@
+"""Memory for what is read from end to end at every step: huge pages where the system gives them.
+
+With 4 KB pages the cores look up addresses so often that they read a fifth less per second.
+"""
+
+import ctypes
+import mmap
+from contextlib import suppress
+from math import prod
+
+import torch
+from torch import Tensor
+
+HUGE_PAGE_BYTES = 2 << 20
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in memory of their own, given back when the tensor and all its views are gone.  Linux only.
+
+    They take up what is written to, by whole huge pages; what remains behind the last of these lies in
+    ordinary pages.  Before, the heap gives back what it holds free: packed weights no longer fill the holes
+    that the plain ones leave there.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # in glibc only
+        trim(0)
+    size = prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    begin = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE_BYTES
+    if whole := size // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES:
+        with suppress(OSError):  # a kernel built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE, begin, whole)
+    return torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=begin).view(shape)
