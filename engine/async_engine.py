@@ -7,6 +7,7 @@ idle ones beyond `max_conversations` leave memory and come back from the log.
 
 import asyncio
 import secrets
+from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
 
@@ -18,6 +19,7 @@ from engine.errors import (
     AttachmentTaken,
     Conflict,
     Draining,
+    EngineError,
     EngineStopped,
     InvalidRequest,
     NotFound,
@@ -28,7 +30,7 @@ from engine.sampler import Sampler
 from engine.scheduler import Step
 from engine.statistics import Statistics, summary_line
 from engine.step_loop import StepLoop
-from engine.text_service import TextService
+from engine.text_service import PastTurn, TextService
 from engine.token_log import TokenLog
 from engine.turns import Turns
 from engine.types import (
@@ -39,7 +41,6 @@ from engine.types import (
     Delta,
     FinishReason,
     GenerateRequest,
-    Message,
     ModelInfo,
     OpenRequest,
     ResumeRequest,
@@ -58,12 +59,12 @@ SEQ_GAP = 2**20
 stay behind it.
 """
 MAX_ID_LENGTH = 128
+COMMIT_S = 10.0
+"""A drain whose grace is over waits so long for the token log to take what was said."""
 
 
 class AsyncEngine:
-    """Made by `engine.loader.load_engine`; an async context manager.  All methods are called on its event
-    loop.
-    """
+    """Made by `engine.loader.load_engine`; an async context manager, used on its event loop only."""
 
     def __init__(
         self,
@@ -80,7 +81,6 @@ class AsyncEngine:
     ) -> None:
         self.description = tuple(description)  # lines for people: what runs here and with how much
         self.statistics = Statistics()
-        self.draining = False
         self._config, self._core, self._log, self._text, self._clock = config, core, log, text, clock
         self._info = info
         self._turns = Turns(
@@ -104,7 +104,7 @@ class AsyncEngine:
         )
         self._turns.wake = self._steps.wake
         self._live: dict[ConversationId, LiveConversation] = {}  # least recently used first
-        self._loading: dict[ConversationId, asyncio.Future[LiveConversation]] = {}
+        self._loading: dict[tuple[Tenant, ConversationId], asyncio.Future[LiveConversation]] = {}
         self._failed: asyncio.Event = asyncio.Event()
         self._num_generated = 0
         self._stack = AsyncExitStack()
@@ -116,8 +116,7 @@ class AsyncEngine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self.draining = True
-        self._end_all(Draining("the server is shutting down; reconnect and resume"))
+        self._stop(Draining("the server is shutting down; reconnect and resume"))
         await self._stack.aclose()
 
     # -- conversations
@@ -144,15 +143,16 @@ class AsyncEngine:
             resume_token=secrets.token_urlsafe(16),
         )
         await asyncio.wrap_future(self._log.create(record))
-        live = self._bring_to_life(record, [], [])
+        live = self._live.get(record.id)  # somebody may have resumed it already
+        if live is None:
+            live = self._keep(self._live_from(record, []))
         return self._attach(live, [], live.seq)
 
     async def resume(self, tenant: Tenant, request: ResumeRequest) -> Attachment:
         """Attach to a conversation wherever it is; a stream that holds it loses it.  What came after
         `after_seq` follows.
 
-        NotFound; PermissionDenied for a wrong token; Conflict for another model or another number of
-        tokens.
+        NotFound; PermissionDenied for a wrong token; Conflict for another model or number of tokens.
         """
         self._refuse_if_over()
         live = await self._find(tenant, request.conversation_id)
@@ -164,11 +164,9 @@ class AsyncEngine:
                 "leave it out, the id is enough for its owner"
             )
         expected = request.expect_committed_tokens
-        if expected is not None and expected != live.core.num_committed:
-            raise Conflict(
-                f"{live.record.id} has {live.core.num_committed} committed tokens, not {expected}; "
-                "resume without an expectation and read what is new"
-            )
+        if expected is not None and expected != live.committed_tokens:
+            found = f"{live.record.id} has {live.committed_tokens} committed tokens, not {expected}"
+            raise Conflict(f"{found}; resume without an expectation and read what is new")
         after_seq = request.after_seq if request.after_seq is not None else live.journal_start
         while True:
             num_turns = len(live.turns)
@@ -190,18 +188,19 @@ class AsyncEngine:
         self, tenant: Tenant, labels: dict[str, str], page_size: int, page_token: str | None
     ) -> tuple[list[ConversationRecord], str | None]:
         """Conversations of the tenant, last used first, and the token of the next page if there is one."""
-        page = await asyncio.wrap_future(
-            self._log.list_conversations(
-                tenant, labels=labels, page_size=page_size, page_token=page_token or ""
-            )
-        )
+        token = page_token or ""
+        listing = self._log.list_conversations(tenant, labels=labels, page_size=page_size, page_token=token)
+        page = await asyncio.wrap_future(listing)
         return list(page.records), page.next_token or None
 
     async def delete(self, tenant: Tenant, conversation_id: ConversationId) -> None:
         """Erase a conversation everywhere.  NotFound."""
+        if conversation_id not in self._live:
+            await self.get(tenant, conversation_id)
+        while loading := self._loading.get((tenant, conversation_id)):
+            await asyncio.wait([loading])
         live = self._live.get(conversation_id)
         if live is None:
-            await self.get(tenant, conversation_id)
             await asyncio.wrap_future(self._log.delete(conversation_id))
         elif live.record.tenant != tenant:
             raise _not_found(conversation_id)
@@ -221,7 +220,8 @@ class AsyncEngine:
         record = ConversationRecord(
             id, tenant, self._info.fingerprint, None, SamplingParams(), created_at=now
         )
-        live = self._bring_to_life(record, [], [], is_logged=False)
+        live = self._live_from(record, [])
+        live.is_logged = False
         attachment = self._attach(live, [], live.seq)
         try:
             token_ids = request.token_ids
@@ -244,8 +244,7 @@ class AsyncEngine:
                     return
         finally:
             self._turns.end(live, FinishReason.CANCELLED, keep=False)
-            live.outbox = None
-            self._forget(live)
+            self._core.forget(live.core)
 
     async def tokenize(self, text: str, allow_special: bool) -> Sequence[int]:
         return await self._text.encode(text, allow_special=allow_special)
@@ -262,18 +261,17 @@ class AsyncEngine:
     # -- the engine as a whole
 
     async def drain(self, grace_s: float) -> None:
-        """Take no new turn, let those in flight end until `grace_s` seconds, then cancel them keeping what
-        was said.
-        """
-        self.draining = True
+        """Take no new turn; those in flight may end for `grace_s` seconds, then are cancelled, text kept."""
         error = Draining("the server is shutting down; reconnect and resume")
         self._turns.stopped = error
         ends = [asyncio.create_task(live.idle.wait()) for live in self._turns.in_flight]
-        if ends:
-            await asyncio.wait(ends, timeout=grace_s)
-            for live in self._turns.in_flight:
-                self._turns.end(live, FinishReason.CANCELLED, keep=True)
-            await asyncio.wait(ends, timeout=grace_s)
+        try:
+            if ends:
+                await asyncio.wait(ends, timeout=grace_s)
+                for live in self._turns.in_flight:
+                    self._turns.end(live, FinishReason.CANCELLED, keep=True)
+                await asyncio.wait(ends, timeout=COMMIT_S)
+        finally:
             for task in ends:
                 task.cancel()
         self._end_all(error)
@@ -288,9 +286,8 @@ class AsyncEngine:
         """One line about the time since `before`, or None if nothing was computed."""
         scheduler = self._core.scheduler
         running, waiting = len(scheduler.running), len(scheduler.waiting)
-        return summary_line(
-            self.statistics, before, seconds, running, waiting, self._core.manager.statistics()
-        )
+        cache = self._core.manager.statistics()
+        return summary_line(self.statistics, before, seconds, running, waiting, cache)
 
     # -- private
 
@@ -299,9 +296,12 @@ class AsyncEngine:
         self._turns.deliver(events)
 
     def _after_failure(self, error: EngineStopped) -> None:
-        self._turns.fail_all(error)
-        self._end_all(error)
+        self._stop(error)
         self._failed.set()
+
+    def _stop(self, error: EngineError) -> None:
+        self._turns.stop_all(error)
+        self._end_all(error)
 
     def _end_all(self, error: Exception) -> None:
         for live in self._live.values():
@@ -316,13 +316,13 @@ class AsyncEngine:
         """The conversation, brought back from the log if it is not in memory."""
         live = self._live.get(conversation_id)
         if live is None:
-            loading = self._loading.get(conversation_id)
+            key = tenant, conversation_id
+            loading = self._loading.get(key)
             if loading is None:
-                loading = asyncio.ensure_future(self._load(tenant, conversation_id))
-                self._loading[conversation_id] = loading
-                loading.add_done_callback(lambda _: self._loading.pop(conversation_id))
+                loading = self._loading[key] = asyncio.ensure_future(self._load(*key))
+                loading.add_done_callback(lambda _: self._loading.pop(key))
             live = await asyncio.shield(loading)
-        if live.record.tenant != tenant or live.is_deleted or not live.is_logged:
+        if live.record.tenant != tenant or live.is_deleted:
             raise _not_found(conversation_id)
         return live
 
@@ -333,10 +333,11 @@ class AsyncEngine:
                 f"{conversation_id} belongs to model {record.fingerprint}, "
                 f"this server has {self._info.fingerprint}; serve that model, or open a new conversation"
             )
-        past = await self._text.past(record.system, turns)
         seq = record.seq_mark + SEQ_GAP
         await asyncio.wrap_future(self._log.set_seq_mark(conversation_id, seq))
-        live = self._bring_to_life(record, turns, past)
+        if conversation_id in self._live:  # it was just being opened
+            return self._live[conversation_id]
+        live = self._keep(self._live_from(record, turns))
         live.seq, live.retries = seq, True
         live.history_rewritten = bool(turns) and turns[-1].history_rewritten
         return live
@@ -348,35 +349,33 @@ class AsyncEngine:
         turns = await self._turns.committed_turns(live)
         return [event for turn in turns if turn.done_seq > after_seq for event in self._turns.replay(turn)]
 
-    def _bring_to_life(
-        self,
-        record: ConversationRecord,
-        turns: Sequence[TurnRecord],
-        past: Sequence[Message],
-        is_logged: bool = True,
-    ) -> LiveConversation:
-        tokens = [id for turn in turns for id in (*turn.prompt_ids, *turn.reply_ids)]
+    def _live_from(self, record: ConversationRecord, turns: Sequence[TurnRecord]) -> LiveConversation:
+        tokens = array("i")
+        for turn in turns:
+            tokens.extend(array("i", turn.prompt_ids + turn.reply_ids))
         core = self._core.new_conversation(record.id, record.tenant, tokens)
-        live = LiveConversation(
-            record,
-            core,
-            list(past),
-            {turn.turn_id: turn.digest for turn in turns},
-            record.seq_mark,
-            is_logged,
-        )
+        digests = {turn.turn_id: turn.digest for turn in turns}
+        live = LiveConversation(record, core, digests, record.seq_mark)
+        live.not_in_past += map(PastTurn.of, turns)
         live.idle.set()
-        self._live[record.id] = live
+        return live
+
+    def _keep(self, live: LiveConversation) -> LiveConversation:
+        """From now on others find it."""
+        self._live[live.record.id] = live
         return live
 
     def _attach(
         self, live: LiveConversation, missed: Sequence[ConversationEvent], after_seq: int
     ) -> Attachment:
+        self._refuse_if_over()
         if live.outbox is not None:
             live.outbox.end(AttachmentTaken(f"another stream has attached to {live.record.id}"))
-        self._live[live.record.id] = self._live.pop(live.record.id)  # now the most recently used
         outbox = Outbox(on_read=lambda: self._turns.resume_reading(live))
         live.attach(outbox, missed, after_seq)
+        self._turns.resume_reading(live)
+        if live.is_logged:
+            self._keep(self._live.pop(live.record.id))  # now the most recently used
         self._unload_idle()
         return Attachment(live, outbox, self._turns, self._erase, self._config.disconnect_grace_s)
 
@@ -384,7 +383,7 @@ class AsyncEngine:
         surplus = len(self._live) - self._config.max_conversations
         if surplus > 0:
             idle = (live for live in self._live.values() if live.outbox is None and live.idle.is_set())
-            for live in [live for live, _ in zip(idle, range(surplus), strict=False) if live.is_logged]:
+            for live in [live for live, _ in zip(idle, range(surplus), strict=False)]:
                 self._forget(live)
 
     async def _erase(self, live: LiveConversation) -> None:

@@ -21,19 +21,14 @@ class Attachment:
         erase: Callable[[LiveConversation], Awaitable[None]],
         grace_s: float,
     ) -> None:
-        self._live, self._outbox, self._turns, self._erase, self._grace_s = (
-            live,
-            outbox,
-            turns,
-            erase,
-            grace_s,
-        )
+        self._live, self._outbox, self._turns = live, outbox, turns
+        self._erase, self._grace_s = erase, grace_s
         self.conversation_id: ConversationId = live.record.id
         self.resume_token = live.record.resume_token
-        self.committed_tokens = live.core.num_committed
+        self.committed_tokens = live.committed_tokens
         self.committed_turns = len(live.turns)
         self.last_seq = live.seq
-        self.context_left = turns.core.context_tokens - live.core.num_committed
+        self.context_left = turns.core.context_tokens - live.committed_tokens
 
     def events(self) -> AsyncIterator[ConversationEvent]:
         """In order of seq, first what was missed.  Ends after `close`; raises AttachmentTaken, Draining,
@@ -45,6 +40,8 @@ class Attachment:
         same content replays its outcome."""
         self._check_held()
         await self._turns.accept(self._live, request)
+        if self._live.outbox is None:  # the stream went away while the text was tokenised
+            self._turns.cancel_after(self._live, self._grace_s)
 
     async def cancel(self, turn_id: TurnId, keep: bool) -> None:
         """End the turn in flight; with `keep` what was said is committed, otherwise the turn leaves no

@@ -8,11 +8,13 @@ nothing; committed turns are replayed from the token log.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from engine.conversation import Conversation, Turn
 from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text_service import PastTurn
 from engine.types import (
     ConversationEvent,
     ConversationRecord,
@@ -87,17 +89,25 @@ class TurnInFlight:
     detokenizer: IncrementalDetokenizer
     history_rewritten: bool
     created_at: float  # Unix seconds
+    first_token: int  # position in the history
     text: list[str] = field(default_factory=list)
-    timers: list[asyncio.TimerHandle] = field(default_factory=list)
+    deadline: asyncio.TimerHandle | None = None
+    grace: asyncio.TimerHandle | None = None  # runs while nobody is attached
+
+    def stop_timers(self) -> None:
+        for timer in (self.deadline, self.grace):
+            if timer is not None:
+                timer.cancel()
 
 
 @dataclass(eq=False, slots=True)
 class LiveConversation:
     record: ConversationRecord  # `num_turns`, `num_tokens` and `updated_at` are those of the load, not of now
     core: Conversation
-    past: list[Message]  # what the chat template is given
     turns: dict[TurnId, bytes]  # digest of each committed turn's request
     seq: int  # of the last event
+    past: list[Message] = field(default_factory=list)  # what the chat template is given
+    not_in_past: list[PastTurn] = field(default_factory=list)  # joins it when a template is next rendered
     is_logged: bool = True
     preparing: TurnId | None = None  # accepted by nobody yet: its text is being tokenised
     flight: TurnInFlight | None = None
@@ -110,6 +120,11 @@ class LiveConversation:
         default_factory=asyncio.Event
     )  # no turn is being prepared, computed or committed
     prepared: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def committed_tokens(self) -> int:
+        """The length of the history in the log."""
+        return self.core.num_committed if self.flight is None else self.flight.first_token
 
     @property
     def journal_start(self) -> int:
@@ -128,7 +143,7 @@ class LiveConversation:
 
     def attach(self, outbox: Outbox, missed: Iterable[ConversationEvent], after_seq: int) -> None:
         self.outbox = outbox
-        for event in (*missed, *self.journal):
+        for event in (*missed, *_merged(self.journal, after_seq)):
             if event.seq > after_seq:
                 outbox.put(event)
 
@@ -139,6 +154,17 @@ class LiveConversation:
         turn, was_paused = self.flight.turn, self.flight.turn.paused
         turn.paused = self.outbox is not None and self.outbox.num_unread_tokens > MAX_UNREAD_TOKENS
         return was_paused and not turn.paused
+
+
+def _merged(journal: Sequence[ConversationEvent], after_seq: int) -> list[ConversationEvent]:
+    """Events of one turn after `after_seq`, all its deltas as one: a long reply has thousands."""
+    deltas = [event for event in journal if isinstance(event, Delta) and event.seq > after_seq]
+    others = [event for event in journal if not isinstance(event, Delta)]
+    if not deltas:
+        return others
+    ids = tuple(chain.from_iterable(delta.token_ids for delta in deltas))
+    text = "".join(delta.text for delta in deltas)
+    return [*others, replace(deltas[-1], offset=deltas[0].offset, token_ids=ids, text=text)]
 
 
 def replayed(record: TurnRecord, committed_tokens: int, context_left: int) -> list[ConversationEvent]:

@@ -1,8 +1,10 @@
 """Text in and out for the event loop: rendering and tokenising run on a small pool of threads."""
 
 import asyncio
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from engine.errors import InvalidRequest
@@ -51,23 +53,20 @@ class TextService:
     def detokenizer(self, stop: tuple[str, ...], after: int, min_tokens: int) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.tokenizer, stop, after=after, min_tokens=min_tokens)
 
-    def reply_message(self, reply_ids: Sequence[int], after: int) -> Message:
-        return sampled_message(self.tokenizer, reply_ids, after)
-
-    def ids_message(self, prompt_ids: Sequence[int]) -> Message:
-        """A turn that was given as ids, as a template may see it."""
-        return Message("user", self.tokenizer.decode(prompt_ids, skip_special=True))
-
-    async def past(self, system: str | None, turns: Sequence[TurnRecord]) -> list[Message]:
-        """The messages of a committed history."""
+    async def past(
+        self, system: str | None, turns: Sequence["PastTurn"], tokens: "array[int]"
+    ) -> list[Message]:
+        """The messages of committed turns that lie in `tokens`; the first brings the system message."""
 
         def build() -> list[Message]:
             messages: list[Message] = []
             for turn in turns:
+                prompt_ids = tokens[turn.first_token : turn.first_reply_token]
                 messages += self.sent_messages(
-                    system if not turn.number else None, turn.messages, turn.prompt_ids
+                    None if turn.first_token else system, turn.messages, prompt_ids
                 )
-                messages.append(self.reply_message(turn.reply_ids, turn.prompt_ids[-1]))
+                reply_ids = tokens[turn.first_reply_token : turn.end]
+                messages.append(sampled_message(self.tokenizer, reply_ids, prompt_ids[-1]))
             return messages
 
         return await self._run(build)
@@ -75,6 +74,24 @@ class TextService:
     def sent_messages(
         self, system: str | None, messages: Sequence[Message], prompt_ids: Sequence[int]
     ) -> list[Message]:
-        """What a turn adds to the past before its reply; the first turn brings the system message."""
-        sent = list(messages) or [self.ids_message(prompt_ids)]
-        return [Message("system", system), *sent] if system and messages else sent
+        """What a turn adds to the past before its reply.  One that was given as ids is a user's, and in
+        words."""
+        if not messages:
+            return [Message("user", self.tokenizer.decode(prompt_ids, skip_special=True))]
+        return [Message("system", system), *messages] if system else list(messages)
+
+
+@dataclass(frozen=True, slots=True)
+class PastTurn:
+    """Where a committed turn lies in the history."""
+
+    messages: tuple[Message, ...]  # empty if it was given as ids
+    first_token: int
+    first_reply_token: int
+    end: int
+
+    @classmethod
+    def of(cls, record: TurnRecord) -> "PastTurn":
+        first_reply_token = record.first_token + len(record.prompt_ids)
+        end = first_reply_token + len(record.reply_ids)
+        return cls(record.messages, record.first_token, first_reply_token, end)

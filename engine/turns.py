@@ -5,6 +5,7 @@ done.
 import asyncio
 import logging
 import secrets
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future as ThreadFuture
 from dataclasses import replace
@@ -23,7 +24,7 @@ from engine.errors import (
 )
 from engine.live import LiveConversation, TurnInFlight, replayed
 from engine.sampler import Sampler
-from engine.text_service import TextService
+from engine.text_service import PastTurn, TextService
 from engine.token_log import TokenLog
 from engine.types import (
     Clock,
@@ -73,7 +74,10 @@ class Turns:
 
     async def accept(self, live: LiveConversation, request: TurnRequest) -> None:
         """Queue the turn, or replay it if it was committed before.  Raises EngineError if it is refused."""
+        self._check(request)
         digest = _digest(request)
+        while live.preparing == request.turn_id:  # it is sent again, over another stream
+            await live.prepared.wait()
         known = live.turns.get(request.turn_id)
         if live.flight is not None and live.flight.request.turn_id == request.turn_id:
             known = live.flight.digest
@@ -112,6 +116,14 @@ class Turns:
                 f"{waiting} turns are waiting already, of at most {self._max_queue}; try again in a second"
             )
 
+    def _check(self, request: TurnRequest) -> None:
+        if bool(request.messages) == bool(request.token_ids):
+            what = "both messages and token ids" if request.messages else "neither text nor token ids"
+            raise InvalidRequest(f"turn {request.turn_id} has {what}; send one of them")
+        for token_id in (min(request.token_ids, default=0), max(request.token_ids, default=0)):
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequest(f"token id {token_id} is outside the vocabulary of {self._vocab_size}")
+
     async def _begin(self, live: LiveConversation, request: TurnRequest, digest: bytes) -> None:
         accepted_at = self._clock.wall()
         sampling = request.sampling.over(live.record.sampling).over(self._defaults)
@@ -120,40 +132,40 @@ class Turns:
         if live.is_deleted:
             raise NotFound(f"conversation {live.record.id} was deleted")
         self._check_room()
-        position = self.core.scheduler.num_waiting
+        position, first_token = self.core.scheduler.num_waiting, len(live.core.tokens)
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
         turn = self.core.begin(live.core, request.turn_id, ids, sampling, seed)
         detokenizer = self._text.detokenizer(sampling.stop or (), ids[-1], sampling.min_tokens or 0)
-        live.flight = TurnInFlight(turn, request, digest, detokenizer, rewritten, accepted_at)
+        live.flight = TurnInFlight(turn, request, digest, detokenizer, rewritten, accepted_at, first_token)
         self._in_flight[turn.row] = live
         live.journal.clear()
         live.emit(TurnAccepted(live.next_seq(), request.turn_id, position, live.retries))
         if request.timeout_s is not None:
-            self._call_later(live, request.timeout_s, FinishReason.DEADLINE)
+            live.flight.deadline = asyncio.get_running_loop().call_later(
+                request.timeout_s, self.end, live, FinishReason.DEADLINE, True
+            )
         self.wake()
 
-    async def _prompt_ids(self, live: LiveConversation, request: TurnRequest) -> tuple[list[int], bool]:
-        if bool(request.messages) == bool(request.token_ids):
-            what = "both messages and token ids" if request.messages else "neither text nor token ids"
-            raise InvalidRequest(f"turn {request.turn_id} has {what}; send one of them")
+    async def _prompt_ids(self, live: LiveConversation, request: TurnRequest) -> tuple[Sequence[int], bool]:
         if request.token_ids:
-            vocab = self._vocab_size
-            for token_id in (min(request.token_ids), max(request.token_ids)):
-                if not 0 <= token_id < vocab:
-                    raise InvalidRequest(f"token id {token_id} is outside the vocabulary of {vocab}")
-            return list(request.token_ids), live.history_rewritten
+            return request.token_ids, live.history_rewritten
+        system = live.record.system
+        if live.not_in_past:
+            live.past += await self._text.past(system, tuple(live.not_in_past), live.core.tokens[:])
+            live.not_in_past.clear()
         last_id = live.core.tokens[-1] if live.core.tokens else None
-        new = self._text.sent_messages(None if live.turns else live.record.system, request.messages, ())
+        new = self._text.sent_messages(None if live.turns else system, request.messages, ())
         prompt = await self._text.prompt(live.past, last_id, new, live.record.created_at)
         if not prompt.ids:
             raise InvalidRequest(f"turn {request.turn_id} adds no token to the conversation; send some text")
         return prompt.ids, live.history_rewritten or not prompt.matches_full_render
 
     async def _replay(self, live: LiveConversation, turn_id: TurnId) -> None:
+        outbox = live.outbox
         for record in await self.committed_turns(live):
-            if record.turn_id == turn_id and live.outbox is not None:
+            if record.turn_id == turn_id and outbox is not None:
                 for event in self.replay(record):
-                    live.outbox.put(event)
+                    outbox.put(event)
 
     async def committed_turns(self, live: LiveConversation) -> list[TurnRecord]:
         loaded = await asyncio.wrap_future(self._log.load(live.record.id))
@@ -224,12 +236,9 @@ class Turns:
                 self.end(live, FinishReason.CANCELLED, keep=True)
 
         if live.flight is not None:
-            live.flight.timers.append(asyncio.get_running_loop().call_later(grace_s, if_still_alone))
-
-    def _call_later(self, live: LiveConversation, seconds: float, reason: FinishReason) -> None:
-        assert live.flight is not None
-        timer = asyncio.get_running_loop().call_later(seconds, self.end, live, reason, True)
-        live.flight.timers.append(timer)
+            if live.flight.grace is not None:
+                live.flight.grace.cancel()
+            live.flight.grace = asyncio.get_running_loop().call_later(grace_s, if_still_alone)
 
     def _conclude(self, live: LiveConversation, reason: FinishReason) -> None:
         """The reply is complete: commit it."""
@@ -251,7 +260,6 @@ class Turns:
 
     def _record(self, live: LiveConversation, flight: TurnInFlight, reason: FinishReason) -> TurnRecord:
         turn = flight.turn
-        first_token = len(live.core.tokens) - len(turn.prompt_ids) - turn.num_generated
         now = self._clock.monotonic()
         live.seq = max(
             live.seq, live.journal[0].seq + 1
@@ -259,7 +267,7 @@ class Turns:
         return TurnRecord(
             turn_id=flight.request.turn_id,
             number=len(live.turns),
-            first_token=first_token,
+            first_token=flight.first_token,
             prompt_ids=turn.prompt_ids,
             reply_ids=tuple(turn.reply_ids),
             messages=flight.request.messages,
@@ -284,15 +292,14 @@ class Turns:
         error = done.exception()
         if error is None:
             self._done(live, flight, record)
-        elif not live.is_deleted:
+            return
+        if not live.is_deleted:
             logger.error("turn %s of %s was not committed: %s", record.turn_id, live.record.id, error)
-            self.core.cut(live.core, record.first_token)
-            self._fail(live, error if isinstance(error, Exception) else EngineStopped(str(error)))
+        self.core.cut(live.core, record.first_token)
+        self._fail(live, error if isinstance(error, Exception) else EngineStopped(str(error)))
 
     def _done(self, live: LiveConversation, flight: TurnInFlight, record: TurnRecord) -> None:
-        system = live.record.system if not record.number else None
-        live.past += self._text.sent_messages(system, record.messages, record.prompt_ids)
-        live.past.append(self._text.reply_message(record.reply_ids, record.prompt_ids[-1]))
+        live.not_in_past.append(PastTurn.of(record))
         live.turns[record.turn_id] = record.digest
         live.history_rewritten = record.history_rewritten
         live.retries = False
@@ -308,8 +315,7 @@ class Turns:
     def _close_flight(self, live: LiveConversation) -> None:
         flight = live.flight
         assert flight is not None
-        for timer in flight.timers:
-            timer.cancel()
+        flight.stop_timers()
         del self._in_flight[flight.turn.row]
         live.flight = None
         live.journal.clear()
@@ -322,10 +328,12 @@ class Turns:
     def in_flight(self) -> list[LiveConversation]:
         return list(self._in_flight.values())
 
-    def fail_all(self, error: EngineError) -> None:
+    def stop_all(self, error: EngineError) -> None:
         """The engine is over: everybody who waits is told."""
         self.stopped = error
         for live in self.in_flight:
+            assert live.flight is not None
+            live.flight.stop_timers()
             if live.outbox is not None:
                 live.outbox.end(error)
             live.idle.set()
@@ -343,5 +351,6 @@ class Turns:
 
 def _digest(request: TurnRequest) -> bytes:
     """Of the content of a turn, by which a repeated turn id is recognised."""
-    content = (request.messages, request.token_ids, request.sampling)
-    return blake2b(repr(content).encode(), digest_size=16).digest()
+    digest = blake2b(repr((request.messages, request.sampling)).encode(), digest_size=16)
+    digest.update(array("q", request.token_ids))  # anything a client may send; not checked yet
+    return digest.digest()

@@ -1,9 +1,11 @@
-"""An AsyncEngine over the fake model: everything real but the arithmetic."""
+"""An AsyncEngine over the fake model, everything real but the arithmetic, and what a client does with it."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.async_engine import AsyncEngine
+from engine.attachment import Attachment
 from engine.batch import StepPlan, StepResult
 from engine.cache.block_pool import BlockPool
 from engine.cache.manager import KVCacheManager
@@ -15,9 +17,22 @@ from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.text_service import TextService
 from engine.token_log import TokenLog
-from engine.types import Limits, ModelInfo
+from engine.types import (
+    ConversationEvent,
+    Delta,
+    Limits,
+    Message,
+    ModelInfo,
+    SamplingParams,
+    Tenant,
+    TurnDone,
+    TurnFailed,
+    TurnId,
+    TurnRequest,
+)
 from tests.fakes import FakeRunner, byte_tokenizer
 
+LOCAL = Tenant("local")
 BLOCK_SIZE = 16
 VOCAB = 258
 IM_END = 257
@@ -64,3 +79,47 @@ def fake_engine(
         lambda: None,
     )
     return engine, runner, manager
+
+
+def text_turn(id: str, text: str, max_tokens: int = 12, **more: object) -> TurnRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return TurnRequest(TurnId(id), (Message("user", text),), sampling=sampling, **more)  # type: ignore[arg-type]
+
+
+def ids_turn(id: str, ids: Sequence[int], max_tokens: int = 12, **more: object) -> TurnRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return TurnRequest(TurnId(id), token_ids=tuple(ids), sampling=sampling, **more)  # type: ignore[arg-type]
+
+
+async def until_done(attachment: Attachment, seen: Sequence[int] = ()) -> tuple[list[int], TurnDone]:
+    """Reads one turn to its end: ids as a client would collect them, and its TurnDone."""
+    ids = list(seen)
+    async for event in attachment.events():
+        if isinstance(event, Delta):
+            ids[event.offset :] = event.token_ids
+        if isinstance(event, TurnFailed):
+            raise event.error
+        if isinstance(event, TurnDone):
+            return ids, event
+    raise AssertionError("the events ended before the turn")
+
+
+async def say(attachment: Attachment, request: TurnRequest) -> tuple[list[int], TurnDone]:
+    await attachment.turn(request)
+    return await until_done(attachment)
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not happened():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def read(attachment: Attachment, count: int) -> list[ConversationEvent]:
+    events: list[ConversationEvent] = []
+    if count:
+        async for event in attachment.events():
+            events.append(event)
+            if len(events) == count:
+                break
+    return events

@@ -2,12 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from engine.attachment import Attachment
 from engine.errors import (
     AlreadyExists,
     AttachmentTaken,
@@ -24,71 +22,23 @@ from engine.errors import (
 )
 from engine.live import MAX_UNREAD_TOKENS
 from engine.types import (
-    ConversationEvent,
     ConversationId,
     Delta,
     FinishReason,
     GenerateRequest,
-    Message,
     OpenRequest,
     ResumeRequest,
     SamplingParams,
     Tenant,
     TurnAccepted,
     TurnDone,
-    TurnFailed,
     TurnId,
     TurnRequest,
 )
-from tests.engine.harness import VOCAB, fake_engine
+from tests.engine.harness import LOCAL, VOCAB, fake_engine, ids_turn, read, say, text_turn, until, until_done
 from tests.fakes import stateless_reply
 
-LOCAL = Tenant("local")
 NO_EOS = SamplingParams(ignore_eos=True)
-
-
-def text_turn(id: str, text: str, max_tokens: int = 12, **more: object) -> TurnRequest:
-    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    return TurnRequest(TurnId(id), (Message("user", text),), sampling=sampling, **more)  # type: ignore[arg-type]
-
-
-def ids_turn(id: str, ids: Sequence[int], max_tokens: int = 12, **more: object) -> TurnRequest:
-    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-    return TurnRequest(TurnId(id), token_ids=tuple(ids), sampling=sampling, **more)  # type: ignore[arg-type]
-
-
-async def until_done(attachment: Attachment, seen: Sequence[int] = ()) -> tuple[list[int], TurnDone]:
-    """Reads one turn to its end: ids as a client would collect them, and its TurnDone."""
-    ids = list(seen)
-    async for event in attachment.events():
-        if isinstance(event, Delta):
-            ids[event.offset :] = event.token_ids
-        if isinstance(event, TurnFailed):
-            raise event.error
-        if isinstance(event, TurnDone):
-            return ids, event
-    raise AssertionError("the events ended before the turn")
-
-
-async def say(attachment: Attachment, request: TurnRequest) -> tuple[list[int], TurnDone]:
-    await attachment.turn(request)
-    return await until_done(attachment)
-
-
-async def until(happened: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not happened():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
-async def read(attachment: Attachment, count: int) -> list[ConversationEvent]:
-    events: list[ConversationEvent] = []
-    if count:
-        async for event in attachment.events():
-            events.append(event)
-            if len(events) == count:
-                break
-    return events
 
 
 async def test_a_second_turn_computes_only_what_is_new() -> None:
