@@ -66,7 +66,7 @@ class Conversation:
         if self.turn is not None:
             raise InvariantError(f"conversation {self.id} already has turn {self.turn.id} in flight")
         self.turn = turn
-        self.tokens.extend(turn.prompt_ids)
+        self.tokens.extend(array("i", turn.prompt_ids))  # twice as fast as from the tuple itself
 
     def end(self, num_reply_kept: int | None) -> None:
         """The turn in flight is over.  Its prompt and `num_reply_kept` tokens stay; None cuts off the whole

@@ -5,7 +5,8 @@ order of planning.  A plan may be made before the previous one is applied (run-a
 launched step samples are scheduled before they are known.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,15 +55,15 @@ class EngineCore:
     # -- conversations
 
     def new_conversation(
-        self, id: ConversationId, tenant: Tenant, tokens: Sequence[int] = ()
+        self, id: ConversationId, tenant: Tenant, tokens: Iterable[int] = ()
     ) -> Conversation:
         """A conversation with a committed history; nothing of it needs to be computed before a turn asks
         for it.
         """
         conversation = Conversation(id, tenant, self.manager.new_table(tenant, self._clock.monotonic()))
-        conversation.tokens.extend(tokens)
-        conversation.num_committed = len(tokens)
-        conversation.num_computed = max(0, len(tokens) - 1)  # the last one was sampled only
+        conversation.tokens.extend(array("i", tokens))
+        conversation.num_committed = len(conversation.tokens)
+        conversation.num_computed = max(0, len(conversation.tokens) - 1)  # the last one was sampled only
         self.manager.extend(conversation.table, conversation.tokens)
         return conversation
 

@@ -7,7 +7,7 @@ whoever brings one back brings it back for all.  Only `KVCacheManager` changes t
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator
 from enum import Enum
 from hashlib import blake2b
 
@@ -84,10 +84,13 @@ class BlockTable:
         self.cursor = 0  # while active: blocks before it are scheduled whole
 
 
-def chain_hash(tenant: str, parent: bytes | None, token_ids: Sequence[int]) -> bytes:
-    """The name of a full block: 128 bits over the tenant, all tokens before it (through `parent`) and its
-    own tokens.
+def chain_hashes(tenant: str, parent: bytes | None, token_ids: "array[int]", size: int) -> Iterator[bytes]:
+    """The names of consecutive full blocks that hold `token_ids` [num_blocks * size] behind block `parent`.
+
+    A name is 128 bits over the tenant, all tokens before the block (through its parent) and its own tokens.
     """
-    digest = blake2b(parent if parent is not None else b"continuo\0" + tenant.encode(), digest_size=16)
-    digest.update(array("i", token_ids).tobytes())
-    return digest.digest()
+    data, width = token_ids.tobytes(), size * token_ids.itemsize
+    parent = parent if parent is not None else b"continuo\0" + tenant.encode()
+    for start in range(0, len(data), width):
+        parent = blake2b(parent + data[start : start + width], digest_size=16).digest()
+        yield parent

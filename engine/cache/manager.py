@@ -12,10 +12,11 @@ An idle conversation therefore never holds an unevictable block, and a block wit
 it is computed again when a turn needs it.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.cache.block import NO_SLOT, Block, BlockTable, chain_hash
+from engine.cache.block import NO_SLOT, Block, BlockTable, chain_hashes
 from engine.cache.block_pool import BlockPool
 from engine.cache.policy import Rank
 from engine.errors import InvariantError
@@ -65,29 +66,25 @@ class KVCacheManager:
         self._tables[table] = None
         return table
 
-    def extend(self, table: BlockTable, tokens: Sequence[int]) -> None:
+    def extend(self, table: BlockTable, tokens: "array[int]") -> None:
         """`tokens` [num_known] is the whole history; what is new beyond `table.num_tokens` gets its
         blocks.
         """
         size = self.block_size
-        first_changed = table.num_tokens // size
+        first, num_full = table.num_tokens // size, len(tokens) // size
+        parent = table.blocks[first - 1].hash if first else None
         table.num_tokens = len(tokens)
-        for i in range(first_changed, -(-len(tokens) // size)):
-            ids = tokens[i * size : (i + 1) * size]
-            block_hash = None
-            if len(ids) == size:
-                parent = table.blocks[i - 1].hash if i else None
-                block_hash = chain_hash(table.tenant, parent, ids)
+        full = tokens[first * size : num_full * size]
+        for i, block_hash in enumerate(chain_hashes(table.tenant, parent, full, size), first):
             if i < len(table.blocks):
-                if block_hash is not None:
-                    self._name(table, i, block_hash)
-            else:
-                block = self._index.get(block_hash) if block_hash is not None else None
-                if block is None:
-                    block = Block(block_hash)
-                    if block_hash is not None:
-                        self._index[block_hash] = block
-                self._append(table, block)
+                self._name(table, i, block_hash)
+                continue
+            block = self._index.get(block_hash)
+            if block is None:
+                block = self._index[block_hash] = Block(block_hash)
+            self._append(table, block)
+        if len(table.blocks) * size < len(tokens):
+            self._append(table, Block())
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Forget what is at `num_tokens` and after.  A shared or full block that is cut is left to its
