@@ -3,8 +3,8 @@
 A turn, hop by hop.  `AsyncEngine` (async_engine.py) receives an operation from the gRPC servicer, tokenises
 in a small pool and hands ids to a `Conversation`.  Each step is three calls:
 
-    plan     on the event loop   integers only: `Scheduler` picks segments, `KVCacheManager` finds or frees
-    blocks execute  on the step thread  `ModelRunner` runs the frozen `StepPlan`: one ragged batch, no phases
+    plan     on the event loop   `Scheduler` picks segments, `KVCacheManager` finds or frees blocks
+    execute  on the step thread  `ModelRunner` runs the frozen `StepPlan`: one ragged batch, no phases
     apply    on the event loop   tokens are appended, stop conditions checked, text and events go out
 
 Who owns what: `BlockPool` the device slots, `KVCacheManager` where a block's data is (nobody else writes

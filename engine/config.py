@@ -15,7 +15,7 @@ BLOCK_SIZES = (16, 32, 64)
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     model: Path  # folder in Hugging Face format
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cpu
     dtype: DTypeName = "auto"
     block_size: int = 32  # tokens
     device_kv_tokens: int | None = None
@@ -31,7 +31,7 @@ class EngineConfig:
     threads: int | None = None  # of the step; None: all cores
     disconnect_grace_s: float = 10.0  # a turn goes on so long without its client
     stall_s: float = 120.0  # a step that takes longer means that the engine has failed
-    run_ahead: int = 0  # steps planned before the one before them is known
+    run_ahead: int = 0  # 0 or 1: steps planned before the one before them is known
 
     def __post_init__(self) -> None:
         if self.device == "cuda":
@@ -47,5 +47,7 @@ class EngineConfig:
         for name in ("max_step_tokens", "max_concurrent", "max_queue", "max_conversations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.run_ahead not in (0, 1):
+            raise ConfigError(f"run-ahead is {self.run_ahead}; it must be 0 or 1")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}; it must be at least 1")

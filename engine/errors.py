@@ -1,4 +1,4 @@
-"""What can go wrong, one class per answer a caller could give.  `rpc.codec` maps them to gRPC status in one
+"""What can go wrong, one class per answer a caller could give.  `rpc.status` maps them to gRPC status in one
 table.
 
 Messages are written for the caller: what happened, with values, and what to do.  `InvariantError` is for
@@ -79,7 +79,9 @@ class ConfigError(EngineError):
 
 
 class DataDirError(EngineError):
-    """The data directory is locked, newer than this program, or damaged."""
+    """The data directory is locked, newer than this program, damaged or full."""
+
+    retry_after_s = 2.0
 
 
 class InvariantError(AssertionError):

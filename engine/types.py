@@ -199,7 +199,7 @@ class OpenRequest:
 class ResumeRequest:
     conversation_id: ConversationId
     resume_token: str | None = None  # if sent it must be right
-    after_seq: int | None = None  # replay what came after; None: replay nothing
+    after_seq: int | None = None  # replay what came after; None: only the turn in flight
     expect_committed_tokens: int | None = None
 
 

@@ -41,6 +41,7 @@ STATUS: dict[type[errors.EngineError], grpc.StatusCode] = {
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.EngineStopped: grpc.StatusCode.UNAVAILABLE,
+    errors.DataDirError: grpc.StatusCode.UNAVAILABLE,
 }
 
 

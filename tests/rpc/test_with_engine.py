@@ -1,10 +1,12 @@
 """The wire over the real engine and a tiny random model: what only both together can show."""
 
 import asyncio
+from concurrent.futures import Future
 
 import pytest
 
 from engine import EngineConfig, load_engine
+from engine.errors import DataDirError
 from rpc.client import (
     Cancelled,
     ContinuoClient,
@@ -13,6 +15,7 @@ from rpc.client import (
     InvalidArgument,
     NotFound,
     OutOfRange,
+    Unavailable,
 )
 from tests.rpc.conftest import running
 from tools.random_model import write_random_model
@@ -139,3 +142,24 @@ async def test_a_timeout_ends_the_reply_with_what_it_has(client):
     chat = await client.open()
     turn = await chat.say("Tell me a long story.", max_tokens=450, timeout=0.05, **GREEDY)
     assert turn.finish_reason is FinishReason.DEADLINE and len(turn.token_ids) < 450
+
+
+async def test_a_disk_that_is_full_is_heard_of_in_the_turn_and_when_opening(config, monkeypatch):
+    async with (
+        load_engine(config) as engine,
+        running(engine) as server,
+        ContinuoClient(server.address, retry=False) as client,
+    ):
+        assert engine.model_info().device == "cpu", "that is what device auto means here"
+        chat = await client.open()
+        full = Future()
+        full.set_exception(DataDirError("the disk of the data dir is full; make room"))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._log, "commit_turn", lambda *_: full)
+            patch.setattr(engine._log, "create", lambda *_: full)
+            with pytest.raises(Unavailable, match="the disk of the data dir is full; make room"):
+                await chat.say("Hello", max_tokens=3, **GREEDY)
+            with pytest.raises(Unavailable, match="the disk of the data dir is full; make room"):
+                await client.open()
+        turn = await (await client.resume(chat.id)).say("Hello", max_tokens=3, **GREEDY)
+        assert len(turn.token_ids) == 3
