@@ -1,0 +1,180 @@
+"""The test of the project, on a real decoder: whatever happens to the KV of conversations (evicted, shared,
+computed again in chunks, cancelled halfway), their token ids are those of a fresh run over the same history.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.cache.block_pool import BlockPool
+from engine.cache.kv_store import KVStore
+from engine.cache.manager import KVCacheManager
+from engine.cache.policy import lru
+from engine.conversation import Conversation, Turn
+from engine.core import EngineCore
+from engine.model_runner import ModelRunner
+from engine.models import load_model
+from engine.models.decoder import Decoder
+from engine.sampler import Sampler
+from engine.scheduler import Scheduler, Step
+from engine.types import ConversationId, FinishReason, SamplingParams, Tenant, TurnId
+from kernels import dispatch
+from kernels.native.build import BuildError
+from tests.fakes import FakeClock
+from tools import random_model
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+BLOCK_SIZE = 16
+TINY_POOL, BIG_POOL = 11, 64  # blocks; four conversations of up to nine never fit the tiny one together
+SYSTEM = list(range(100, 100 + 2 * BLOCK_SIZE + 5))  # every conversation begins with it
+
+
+class Engine:
+    """A core over a real decoder."""
+
+    def __init__(self, decoder: Decoder, num_blocks: int, max_step_tokens: int) -> None:
+        c = decoder.config
+        self.store = KVStore(c.num_layers, num_blocks, c.num_kv_heads, BLOCK_SIZE, c.head_dim, torch.float32)
+        self.store.slab.fill_(torch.nan)  # nothing may attend to what nobody wrote
+        runner = ModelRunner(decoder, self.store, Sampler(c.vocab_size, frozenset()), BLOCK_SIZE)
+        self.manager = KVCacheManager(BlockPool(num_blocks), BLOCK_SIZE, lru)
+        self.clock = FakeClock()
+        scheduler = Scheduler(self.manager, max_step_tokens, max_concurrent=3)
+        context = (TINY_POOL - 2) * BLOCK_SIZE
+        self.core = EngineCore(self.manager, scheduler, runner, self.clock, frozenset(), context)
+
+    def open(self, history: Sequence[int]) -> Conversation:
+        return self.core.new_conversation(ConversationId("c"), Tenant("a"), history)
+
+
+def stateless_reply(decoder: Decoder, history: Sequence[int], like: Turn) -> list[int]:
+    """A fresh engine with room for everything computes the history at once, then the reply."""
+    engine = Engine(decoder, BIG_POOL, max_step_tokens=len(history))
+    turn = engine.core.begin(engine.open(()), TurnId("t"), history, like.sampling, like.seed)
+    while turn.finish_reason is None:
+        engine.core.step()
+    return turn.reply_ids
+
+
+class Histories:
+    """Seeded random turns, cancels and pauses of four conversations; `disturb` is called between steps."""
+
+    def __init__(self, decoder: Decoder, run_ahead: int, disturb: Callable[[Engine], None]) -> None:
+        self.decoder, self.run_ahead, self.disturb = decoder, run_ahead, disturb
+        self.engine = Engine(decoder, TINY_POOL, max_step_tokens=24)
+        self.random = random.Random(5)
+        self.launched: deque[Step] = deque()
+        self.histories: dict[Turn, list[int]] = {}  # at the beginning of the turn, its prompt included
+        self.num_compared = 0
+
+    def play(self, num_rounds: int) -> None:
+        conversations = [self.engine.open(SYSTEM) for _ in range(4)]
+        for round in range(num_rounds):
+            which = self.random.randrange(4)
+            if conversations[which].turn is None:
+                conversations[which] = self.begin(conversations[which], seed=round)
+            elif self.random.random() < 0.2:
+                self.cancel(conversations[which], keep=self.random.random() < 0.5)
+            self.steps(self.random.randrange(8))
+        while self.launched or any(conversation.turn for conversation in conversations):
+            self.steps(1)
+
+    def begin(self, conversation: Conversation, seed: int) -> Conversation:
+        prompt = [self.random.randrange(300) for _ in range(self.random.randrange(1, 40))]
+        num_new = self.random.randrange(1, 20)
+        if len(prompt) + num_new > self.engine.core.context_left(conversation):
+            self.engine.core.forget(conversation)
+            conversation = self.engine.open(SYSTEM)
+        temperature = self.random.choice([0.0, 1.0])
+        sampling = SamplingParams(temperature=temperature, max_tokens=num_new)
+        history = [*conversation.tokens, *prompt]
+        turn = self.engine.core.begin(conversation, TurnId("t"), prompt, sampling, seed)
+        self.histories[turn] = history
+        return conversation
+
+    def cancel(self, conversation: Conversation, keep: bool) -> None:
+        turn = conversation.turn
+        assert turn is not None
+        self.engine.core.finish(turn, FinishReason.CANCELLED, turn.num_generated if keep else None)
+
+    def steps(self, times: int) -> None:
+        core = self.engine.core
+        for _ in range(times):
+            self.engine.clock.now += 1.0
+            self.disturb(self.engine)
+            while len(self.launched) <= self.run_ahead and (step := core.plan()) is not None:
+                self.launched.append(step)
+            if self.launched:
+                step = self.launched.popleft()
+                for event in core.apply(step, core.execute(step)):
+                    if event.finish_reason is not None:
+                        self.compare(event.turn)
+                self.engine.manager.check()
+
+    def compare(self, turn: Turn) -> None:
+        expected = stateless_reply(self.decoder, self.histories[turn], turn)
+        assert turn.reply_ids == expected, "differs from a fresh run"
+        self.num_compared += 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    with pytest.MonkeyPatch.context() as patch:  # weights so large that attention decides what is said
+        patch.setattr(random_model, "_SPREAD", 0.3)
+        random_model.write_random_model(folder, CONFIG, torch.float32)
+    return folder
+
+
+@pytest.fixture(params=["native", "torch"])
+def decoder(request: pytest.FixtureRequest, folder: Path) -> Any:
+    try:
+        with dispatch.use(request.param):
+            yield load_model(folder, torch.float32)
+    except BuildError as error:
+        pytest.skip(f"the native kernels cannot be built here: {error}")
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_token_ids_equal_a_fresh_run_whatever_happens_to_the_cache(decoder: Decoder, run_ahead: int) -> None:
+    histories = Histories(decoder, run_ahead, disturb=lambda engine: None)
+    histories.play(num_rounds=60)
+    assert histories.num_compared > 15
+    assert histories.engine.manager.statistics().num_evicted > 40
+    usages = [turn.usage for turn in histories.histories if turn.usage is not None]
+    assert sum(usage.recomputed_tokens for usage in usages) > 200
+    assert sum(usage.cached_device_tokens for usage in usages) > 200
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_one_overwritten_kv_block_is_noticed(decoder: Decoder, run_ahead: int) -> None:
+    overwritten = []
+
+    def overwrite_one(engine: Engine) -> None:
+        active = [turn.conversation for turn in engine.core.scheduler.running if turn.num_generated == 1]
+        if active and not overwritten and active[0].turn is not None and active[0].turn.max_new > 5:
+            overwritten.append(active[0].table.blocks[1].slot)
+            engine.store.slab[:, overwritten[0]] *= -1
+
+    with pytest.raises(AssertionError, match="differs from a fresh run"):
+        Histories(decoder, run_ahead, overwrite_one).play(num_rounds=60)
+    assert overwritten
