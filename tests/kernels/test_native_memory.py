@@ -1,0 +1,41 @@
+"""Memory in huge pages: aligned, zero, and gone when nobody looks at it any more."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.native.memory import HUGE_PAGE_BYTES, zeros
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="huge pages by madvise are Linux's")
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5, 7), (3 * HUGE_PAGE_BYTES // 2 + 1, 2)])
+def test_zeros_of_every_size_are_zero_and_begin_on_a_huge_page(shape: tuple[int, ...]) -> None:
+    tensor = zeros(shape, torch.bfloat16)
+    assert tensor.shape == shape and tensor.dtype == torch.bfloat16 and tensor.is_contiguous()
+    assert not tensor.any() and tensor.data_ptr() % HUGE_PAGE_BYTES == 0
+    tensor.fill_(1)
+    assert tensor.view(-1)[-1] == 1
+
+
+def test_memory_lives_as_long_as_its_last_view_and_not_longer() -> None:
+    size = 64 << 20
+    before = resident_bytes()
+    view = zeros((size // 4,), torch.float32).fill_(1)[5:]
+    assert resident_bytes() - before > 0.9 * size
+    assert view[-1] == 1
+    del view
+    assert resident_bytes() - before < 0.1 * size
+
+
+def test_untouched_memory_is_not_taken() -> None:
+    before = resident_bytes()
+    tensor = zeros((1 << 30,), torch.uint8)
+    assert resident_bytes() - before < 16 << 20
+    assert len(tensor) == 1 << 30
