@@ -1,13 +1,16 @@
 """The KV memory of the device tier: one slab, no bookkeeping."""
 
+import sys
+
 import torch
 from torch import Tensor
 
+from kernels.native.memory import zeros
+
 
 class KVStore:
-    """`slab` is [L, B, 2, G, P, D] (layers, blocks, K and V, KV heads, slots of a block, head size), not
-    initialised: pages that were never written cost no memory, and nothing reads a slot before a step has
-    written it.
+    """`slab` is [L, B, 2, G, P, D] (layers, blocks, K and V, KV heads, slots of a block, head size).  Pages
+    that were never written cost no memory, and nothing reads a slot before a step has written it.
     """
 
     def __init__(
@@ -19,7 +22,8 @@ class KVStore:
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
-        self.slab: Tensor = torch.empty(
-            (num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim), dtype=dtype
+        shape = (num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim)
+        self.slab: Tensor = (
+            zeros(shape, dtype) if sys.platform == "linux" else torch.empty(shape, dtype=dtype)
         )
         self.layers: tuple[Tensor, ...] = tuple(self.slab.unbind(0))  # each [B, 2, G, P, D]
