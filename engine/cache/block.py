@@ -73,7 +73,7 @@ class Block:
 class BlockTable:
     """The blocks of one conversation, in order.  `num_tokens` are known; the last block may be partial."""
 
-    __slots__ = ("tenant", "blocks", "num_tokens", "is_active", "last_active", "cursor")
+    __slots__ = ("tenant", "blocks", "num_tokens", "is_active", "last_active", "cursor", "num_dropped")
 
     def __init__(self, tenant: str) -> None:
         self.tenant = tenant
@@ -82,6 +82,7 @@ class BlockTable:
         self.is_active = False
         self.last_active = 0.0
         self.cursor = 0  # while active: blocks before it are scheduled whole
+        self.num_dropped = 0  # while idle: leading blocks that were found without KV
 
 
 def chain_hashes(tenant: str, parent: bytes | None, token_ids: "array[int]", size: int) -> Iterator[bytes]:

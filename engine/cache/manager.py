@@ -15,6 +15,7 @@ it is computed again when a turn needs it.
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from engine.cache.block import NO_SLOT, Block, BlockTable, chain_hashes
 from engine.cache.block_pool import BlockPool
@@ -104,6 +105,7 @@ class KVCacheManager:
                 break
         table.num_tokens = num_tokens
         table.cursor = min(table.cursor, num_tokens // size)
+        table.num_dropped = min(table.num_dropped, len(table.blocks))
 
     def release(self, table: BlockTable) -> None:
         """The conversation leaves memory: its blocks go, except those that others share."""
@@ -123,7 +125,7 @@ class KVCacheManager:
         if table.is_active:
             raise InvariantError("the table is active already")
         table.is_active = True
-        table.cursor = 0
+        table.cursor = table.num_dropped = 0
         for i, block in enumerate(table.blocks):
             twin = self._index.get(block.hash) if block.hash is not None else None
             if twin is not None and twin.num_scheduled > block.num_scheduled:
@@ -337,20 +339,21 @@ class KVCacheManager:
         wanted = min(self._num_evictable, max(1, self.pool.num_slots // 64))
         if not wanted:
             return 0
-        idle = sorted(
-            (table for table in self._tables if not table.is_active), key=lambda table: self._rank(table, now)
-        )
-        num_dropped = 0
-        for spare_shared in (
-            True,
-            False,
-        ):  # a block that somebody more recent shares goes only when nothing else can
-            for table in idle:
-                for block in table.blocks:
-                    if block.evictable and not (spare_shared and block.last_used > table.last_active):
+        num_freed = 0
+        # A block that somebody more recent shares, or that came back through somebody else, goes only when
+        # nothing else can; until then tables are looked at no further than what they have left.
+        for everywhere in (False, True):
+            idle = [
+                t for t in self._tables if not t.is_active and (everywhere or t.num_dropped < len(t.blocks))
+            ]
+            for table in sorted(idle, key=lambda table: self._rank(table, now)):
+                for block in islice(table.blocks, 0 if everywhere else table.num_dropped, None):
+                    if block.evictable and (everywhere or block.last_used <= table.last_active):
                         self._free_slot(block)
                         self._num_evicted += 1
-                        num_dropped += 1
-                        if num_dropped == wanted:
-                            return num_dropped
-        raise InvariantError(f"{wanted} evictable blocks were counted, {num_dropped} found")
+                        num_freed += 1
+                    if not everywhere and block.slot == NO_SLOT and block is table.blocks[table.num_dropped]:
+                        table.num_dropped += 1
+                    if num_freed == wanted:
+                        return num_freed
+        raise InvariantError(f"{wanted} evictable blocks were counted, {num_freed} found")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.cache.block import BlockTable
 from engine.cache.block_pool import BlockPool
 from engine.cache.manager import KVCacheManager
 from engine.cache.policy import lru
@@ -120,3 +121,20 @@ def test_usage_adds_up_to_the_tokens_that_were_computed() -> None:
         if len(conversation.tokens) > 30:
             core.core.forget(conversation)
             conversations[number % 3] = core.open()
+
+
+def test_making_room_looks_only_at_conversations_that_still_hold_something() -> None:
+    core, ranked = Core(num_slots=16), []
+
+    def rank(table: BlockTable, now: float) -> float:
+        ranked.append(table)
+        return lru(table, now)
+
+    core.manager._rank = rank
+    for number in range(60):
+        core.core._clock.now = float(number)  # type: ignore[attr-defined]
+        ranked.clear()
+        core.finish(core.begin(core.open(), [number + 1] * 14))
+        core.manager.check()
+        assert len(ranked) < 25, "one for each of the 5 blocks and of the 3 conversations that hold any"
+    assert core.manager.statistics().num_evicted > 200
