@@ -23,6 +23,7 @@ from rpc.client import ContinuoClient
 from rpc.listen import ServerOptions
 from rpc.server import Server
 from tools.measure import median, model_of_shape, percentile, write_result
+from tools.serve import favour_latency
 from tools.workload import Workload, drive, prompt_ids
 
 BATCH = Workload(conversations=8, turns=1, new_tokens=32, reply_tokens=128)
@@ -45,6 +46,7 @@ def main() -> None:
 async def _measure(folder: Path, pairs: int) -> dict[str, Any]:
     engine = load_engine(EngineConfig(folder, device_kv_tokens=40_000))
     spawn = multiprocessing.get_context("spawn")
+    favour_latency()  # as `continuo serve` does
     async with engine:
         server = Server(engine, ServerOptions(listen="127.0.0.1:0"))
         await server.start()
