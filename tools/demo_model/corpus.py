@@ -9,7 +9,7 @@ from random import Random
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tools.demo_model.dialogues import Turn, endless_turns, system_prompt
+from tools.demo_model.dialogues import Mix, Turn, endless_turns, system_prompt
 from tools.demo_model.values import Split
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -19,8 +19,9 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Words with their leading space; digits in pairs, so that a number is few tokens with few look-alikes.
-_WORDS = Regex(r"'s| ?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s")
+# Words with their leading space, and so numbers: what is copied first tells which value it is.  Digits go in
+# pairs: a number is few tokens, with few look-alikes.
+_WORDS = Regex(r"'s| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s")
 
 
 def render_turn(turn: Turn) -> tuple[str, str]:
@@ -29,7 +30,7 @@ def render_turn(turn: Turn) -> tuple[str, str]:
 
 
 def train_tokenizer(seed: int, vocab_size: int, num_dialogues: int = 5_000) -> Tokenizer:
-    """A byte-level BPE tokenizer of training dialogues; every pair of digits is one token."""
+    """A byte-level BPE tokenizer of training dialogues; one or two digits, spaced or not, are one token."""
     rng = Random(seed)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -41,7 +42,8 @@ def train_tokenizer(seed: int, vocab_size: int, num_dialogues: int = 5_000) -> T
     tokenizer.decoder = decoders.ByteLevel()
 
     def texts() -> Iterator[str]:
-        yield " ".join(f"{n:02d}" for n in range(100)) * num_dialogues
+        digits = [str(n) for n in range(10)] + [f"{n:02d}" for n in range(100)]
+        yield ("\n".join(digits) + " " + " ".join(digits)) * num_dialogues
         for _ in range(num_dialogues):
             yield "user\nassistant\nsystem\n"
             for turn in islice(endless_turns(rng, Split.TRAIN), 10):
@@ -60,14 +62,14 @@ def train_tokenizer(seed: int, vocab_size: int, num_dialogues: int = 5_000) -> T
 
 
 def _dialogue_ids(
-    rng: Random, tokenizer: Tokenizer, num_tokens: int, split: Split
+    rng: Random, tokenizer: Tokenizer, num_tokens: int, split: Split, mix: Mix | None
 ) -> tuple[list[int], list[bool]]:
     """The first `num_tokens` of an endless training dialogue, and which of them the model has to produce."""
     ids: list[int] = []
     produced: list[bool] = []
     prompt = system_prompt(rng, split)
     before = "" if prompt is None else f"{START}system\n{prompt}{END}\n"
-    turns = endless_turns(rng, split)
+    turns = endless_turns(rng, split, mix)
     while len(ids) < num_tokens:
         texts = []
         for turn in islice(turns, max(2, num_tokens // 40)):
@@ -81,11 +83,16 @@ def _dialogue_ids(
 
 
 def make_batch(
-    rng: Random, tokenizer: Tokenizer, num_rows: int, num_tokens: int, split: Split = Split.TRAIN
+    rng: Random,
+    tokenizer: Tokenizer,
+    num_rows: int,
+    num_tokens: int,
+    split: Split = Split.TRAIN,
+    mix: Mix | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One dialogue per row, from position 0, cut at `num_tokens`: no padding, no row sees another dialogue.
 
     Returns ids [num_rows, num_tokens] int64 and, of the same shape, bool: tokens that count in the loss.
     """
-    rows = [_dialogue_ids(rng, tokenizer, num_tokens, split) for _ in range(num_rows)]
+    rows = [_dialogue_ids(rng, tokenizer, num_tokens, split, mix) for _ in range(num_rows)]
     return torch.tensor([ids for ids, _ in rows]), torch.tensor([produced for _, produced in rows])

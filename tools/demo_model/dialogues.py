@@ -14,9 +14,9 @@ from random import Random
 
 from tools.demo_model import phrases
 from tools.demo_model.slots import SLOTS, Slot
-from tools.demo_model.values import WORDS, Pool, Split, draw_value, join_items, split_items
+from tools.demo_model.values import Pool, Split, add_item, draw_value, join_items, spliced_word, split_items
 
-NOT_TOLD = "have not told me"
+NOT_TOLD = "something you have not told me"
 _NUM_FACTS = (1,) * 9 + (2,)  # in one message
 
 
@@ -53,7 +53,8 @@ class Mix:
     change: float = 0.7
     digress: float = 2
     story: float = 0.3
-    arithmetic: float = 0.5
+    arithmetic: float = 0.7
+    echo: float = 0.2
     story_sentences: int = 6
 
     @classmethod
@@ -61,11 +62,12 @@ class Mix:
         """The mix of one training dialogue: from question-and-answer sessions to long rambling ones."""
         return cls(
             tell=rng.choice((1, 3, 5)),
-            ask=rng.choice((2, 4, 8)),
-            ask_unknown=rng.choice((0.5, 1, 2)),
+            ask=rng.choice((3, 6, 10)),
+            ask_unknown=rng.choice((1, 2, 3)),
             change=rng.choice((0, 0.7, 2)),
-            digress=rng.choice((0.3, 1, 4)),
+            digress=rng.choice((0.3, 1, 3)),
             story=rng.choice((0, 0, 0.2, 1)),
+            echo=rng.choice((0.2, 1)),
             story_sentences=rng.choice((2, 5, 12)),
         )
 
@@ -73,10 +75,12 @@ class Mix:
 class Talk:
     """A conversation being made up: each method says one user message and knows the right reply."""
 
-    def __init__(self, rng: Random, wording: Split, values: Split):
+    def __init__(self, rng: Random, wording: Split, values: Split, noise: float = 0):
+        """`noise` is the share of messages that open with words that mean nothing, to be read past."""
         self.rng = rng
         self.wording = wording
         self.values = values
+        self.noise = noise
         self.facts: dict[Slot, Fact] = {}
         self.num_turns = 0
 
@@ -85,11 +89,7 @@ class Talk:
         slots = tuple(self.rng.sample([slot for slot in SLOTS if slot not in self.facts], num_facts))
         known = [self._learn(slot, self._draw_new(slot)) for slot in slots]
         said = [self._pick(slot.tells).format(v=self.facts[slot].value) for slot in slots]
-        user = (
-            _join(self._pick(phrases.TELL_OPENERS), " and ".join(said))
-            + "."
-            + self._pick(phrases.TELL_CLOSERS)
-        )
+        user = self._open(phrases.TELL_OPENERS, " and ".join(said)) + "." + self._pick(phrases.TELL_CLOSERS)
         return self._turn(user, f"I will remember that {' and '.join(known)}.", "tell", slots)
 
     def change(self) -> Turn:
@@ -99,20 +99,16 @@ class Talk:
             return self._add_item(slot)
         known = self._learn(slot, self._draw_new(slot), changed=True)
         said = self._pick(slot.tells).format(v=self.facts[slot].value)
-        user = _join(self._pick(phrases.CORRECTIONS), said) + "."
+        user = self._open(phrases.CORRECTIONS, said) + "."
         return self._turn(user, f"Thank you for the correction: {known}.", "change", (slot,))
 
     def ask(self, slot: Slot) -> Turn:
         """A question for this slot, whether it is known or not."""
-        user = (
-            _join(self._pick(phrases.ASK_OPENERS), self._pick(slot.asks))
-            + "?"
-            + self._pick(phrases.ASK_CLOSERS)
-        )
+        user = self._open(phrases.ASK_OPENERS, self._pick(slot.asks)) + "?" + self._pick(phrases.ASK_CLOSERS)
         fact = self.facts.get(slot)
+        reply = _sentence(slot.fact.format(v=fact.value if fact else NOT_TOLD)) + "."
         if fact is None:
-            return self._turn(user, f"You {NOT_TOLD} {slot.unknown}.", "not_told", (slot,), NOT_TOLD)
-        reply = _sentence(slot.fact.format(v=fact.value)) + "."
+            return self._turn(user, reply, "not_told", (slot,), NOT_TOLD)
         return self._turn(user, reply, "recall", (slot,), fact.value, fact.changed)
 
     def ask_known(self) -> Turn:
@@ -141,9 +137,17 @@ class Talk:
         sentences = [phrases.story_sentence(self.rng) for _ in range(self.rng.randint(1, max_sentences))]
         return self._turn(f"Here is a story. {' '.join(sentences)}", "Thank you for the story.", "digress")
 
+    def echo(self) -> Turn:
+        """Words to repeat: exercise in copying what has no meaning."""
+        kinds = self.rng.choices(("name", "place", "number", "age", "item"), k=self.rng.randint(1, 6))
+        values = [draw_value(self.rng, kind, self.values) for kind in kinds]
+        values += [spliced_word(self.rng) for _ in range(self.rng.randint(0, 6))]
+        words = " ".join(self.rng.sample(values, len(values)))
+        return self._turn(f"{self._pick(phrases.ECHO_OPENERS)} {words}.", f"You said {words}.", "digress")
+
     def arithmetic(self) -> Turn:
-        """A small sum.  Both splits share its wordings: a table of 12 x 12 is learned, not generalised."""
-        a, b = sorted((self.rng.randint(1, 12), self.rng.randint(1, 12)), reverse=True)
+        """A small sum.  Both splits share its wordings: a table of 9 x 9 is learned, not generalised."""
+        a, b = sorted((self.rng.randint(1, 9), self.rng.randint(1, 9)), reverse=True)
         sign, happened, result = self.rng.choice((("plus", "bought", a + b), ("minus", "lost", a - b)))
         thing = self.rng.choice(phrases.COUNTABLE)
         user = self.rng.choice(
@@ -164,6 +168,7 @@ class Talk:
             (mix.digress, self.digress),
             (mix.story, lambda: self.story(mix.story_sentences)),
             (mix.arithmetic, self.arithmetic),
+            (mix.echo, self.echo),
         ]
         weights = [weight for weight, _ in moves]
         _, move = self.rng.choices(moves, weights)[0]
@@ -171,13 +176,22 @@ class Talk:
 
     def _add_item(self, slot: Slot) -> Turn:
         items = split_items(self.facts[slot].value)
-        item = self.rng.choice([word for word in WORDS["item"][self.values] if word not in items])
-        known = self._learn(slot, join_items([*items, item]), changed=True)
-        user = self._pick(phrases.ADDITIONS).format(i=item, s=slot.subject) + "."
+        items = add_item(self.rng, items, self.values)
+        known = self._learn(slot, join_items(items), changed=True)
+        user = self._pick(phrases.ADDITIONS).format(i=items[-1], s=slot.subject) + "."
         return self._turn(user, f"Done: {known}.", "change", (slot,))
 
     def _pick(self, pool: Pool) -> str:
         return self.rng.choice(pool[self.wording])
+
+    def _open(self, openers: Pool, clause: str) -> str:
+        """An opener and then the clause, capitalised where a sentence begins."""
+        opener = self._pick(openers)
+        if self.rng.random() < self.noise:
+            words = [spliced_word(self.rng) for _ in range(self.rng.randint(1, 3))]
+            noise = _sentence(" ".join(words)) + self.rng.choice((", ", ": ", ". "))
+            opener = noise if openers is not phrases.CORRECTIONS else noise + opener
+        return opener + (_sentence(clause) if not opener or opener[-2] in ".!?" else clause)
 
     def _draw_new(self, slot: Slot) -> str:
         """A value that hardly any other fact has (no answer is right by accident); never the present one.
@@ -212,9 +226,9 @@ class Talk:
         return Turn(user, reply, category, slots, expected, changed)
 
 
-def endless_turns(rng: Random, split: Split) -> Iterator[Turn]:
-    """A dialogue without end; cut it where the context is full."""
-    talk, mix = Talk(rng, split, split), Mix.draw(rng)
+def endless_turns(rng: Random, split: Split, mix: Mix | None = None) -> Iterator[Turn]:
+    """A dialogue without end, of a random mix if none is given; cut it where the context is full."""
+    talk, mix = Talk(rng, split, split, noise=0.15), mix or Mix.draw(rng)
     while True:
         yield talk.go_on(mix)
 
@@ -248,8 +262,3 @@ def is_right(answer: str, expected: str) -> bool:
 
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _join(opener: str, clause: str) -> str:
-    """The opener and then the clause, capitalised where a sentence begins."""
-    return opener + (_sentence(clause) if not opener or opener[-2] in ".!?" else clause)

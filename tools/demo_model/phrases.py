@@ -7,25 +7,30 @@ from random import Random
 from tools.demo_model.values import Pool
 
 TELL_OPENERS = Pool.of(
-    "|||By the way, |Please remember that |Just so you know, |Note that |You should know that |Also, |"
-    "I want you to know that |"
-    "Remember this: |Here is a fact: |For later: |Let me add that |Hello! |Good to see you. |"
-    "I forgot to say that ",
+    "||||By the way, |Please remember that |Just so you know, |Note that |You should know that |Also, |"
+    "Well, |"
+    "I want you to know that |Remember this: |Here is a fact: |For later: |Let me add that |Hello! |Oh, |"
+    "Good to see you. |I forgot to say that |One thing about me: |I should say that |Do not forget that |"
+    "It may help to know that |For the record, |Guess what: |Something else: |Between us, |News: ",
     "For your notes: |Let me tell you that |Keep this for later: |Please note that ",
 )
 TELL_CLOSERS = Pool.of(
-    "|||| Please remember it.| Keep that in mind.| Remember that.| That is all for now.|"
-    " I may ask you later.",
+    "||||| Please remember it.| Keep that in mind.| Remember that.| That is all for now.|"
+    " I may ask you later.|"
+    " Do not forget it.| You may need it.| Is that clear?",
     "| Please keep that in mind.| I may ask you about it.",
 )
 ASK_OPENERS = Pool.of(
-    "||||Tell me, |Quick question: |I forgot: |Remind me, |So, |One more question: |Now, |Hello! |"
-    "I wonder, |Please tell me: |"
-    "By the way, |Back to me: |A question: ",
+    "|||||Tell me, |Quick question: |I forgot: |Remind me, |So, |One more question: |Now, |Hello! |"
+    "I wonder, |Well, |"
+    "Please tell me: |By the way, |Back to me: |A question: |Let us see: |Oh, |Let me check: |Say, |"
+    "Another thing: |"
+    "Can you help? |Sorry, ",
     "Another question: |Now tell me, |Let me ask you: |Help me, ",
 )
 ASK_CLOSERS = Pool.of(
-    "||||| I forgot.| Do you remember?| Please tell me.", "| I do not remember.| Please remind me."
+    "|||||| I forgot.| Do you remember?| Please tell me.| I have to know.| I told you, I think.",
+    "| I do not remember.| Please remind me.",
 )
 CORRECTIONS = Pool.of(
     "Actually, |Correction: |I was wrong: |Sorry, I made a mistake: |No, that was wrong: |That has changed: |"
@@ -35,6 +40,7 @@ CORRECTIONS = Pool.of(
 ADDITIONS = Pool.of(
     "Add {i} to my {s}|Please add {i} to my {s}|Put {i} on my {s} too", "Please put {i} on my {s} too"
 )
+ECHO_OPENERS = Pool.of("Repeat after me:|Please repeat:|Say this:|Echo:", "Please say this:|Repeat:")
 TOPIC_QUESTIONS = Pool.of(
     "Tell me something about {t}.|What do you think of {t}?|I read a book about {t} today.|Do you like {t}?|"
     "I was thinking about {t}.|Let us talk about {t}.",

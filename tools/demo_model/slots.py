@@ -1,14 +1,15 @@
 """What a user can tell, and the wordings in which it is told, asked for and answered.
 
 A form covers many subjects ("my cat is called ...", "my sister is called ..."); a slot is a form about one
-subject and holds one value at a time.
+subject and holds one value at a time.  The assistant has one way to state a fact, with the value at its end:
+acknowledging, recalling and not knowing all begin alike, and differ only in what there is to copy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tools.demo_model.values import WORDS, Pool
+from tools.demo_model.values import COUNTED, EVENTS, LISTS, NUMBERED, PEOPLE, PETS, THINGS, WORDS, Pool
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,7 @@ class Slot:
     kind: str  # which values fit: see `values.draw_value`
     tells: Pool
     asks: Pool
-    fact: str  # as the assistant says it: "your cat is called {v}"
-    unknown: str  # completes "You have not told me ..."
+    fact: str  # as the assistant says it, value last: "your cat is called {v}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Form:
     tells: Pool
     asks: Pool
     fact: str
-    unknown: str
 
     def slots(self) -> list[Slot]:
         """One slot per subject; favourite colours take colours, all else takes values of the form's kind."""
@@ -46,17 +45,8 @@ class Form:
             return Pool(tuple(map(fill, pool.train)), tuple(map(fill, pool.held_out)))
 
         kind = subject if self.kind == "favourite" else self.kind
-        return Slot(
-            subject, kind, fill_pool(self.tells), fill_pool(self.asks), fill(self.fact), fill(self.unknown)
-        )
+        return Slot(subject, kind, fill_pool(self.tells), fill_pool(self.asks), fill(self.fact))
 
-
-PEOPLE = (
-    "sister|brother|cousin|aunt|uncle|daughter|son|neighbour|boss|teacher|dentist|doctor|landlord|"
-    "roommate|colleague|"
-    "coach|nephew|niece|grandmother|grandfather|best friend|mother|father|partner|barber|lawyer"
-)
-PETS = "cat|dog|horse|parrot|rabbit|hamster|goldfish|turtle|pony|kitten|puppy|canary|goat|donkey"
 
 FORMS = (
     Form(
@@ -67,7 +57,6 @@ FORMS = (
         ),
         Pool.of("what is my name|what am I called|who am I|do you know my name", "can you tell me my name"),
         "your name is {v}",
-        "your name",
     ),
     Form(
         "place",
@@ -76,8 +65,7 @@ FORMS = (
             "I live in {v}|my home is in {v}|I have a house in {v}|my house is in {v}", "I am living in {v}"
         ),
         Pool.of("where do I live|where is my home|do you know where I live", "can you tell me where I live"),
-        "you live in {v}",
-        "where you live",
+        "your home is {v}",
     ),
     Form(
         "place",
@@ -86,8 +74,7 @@ FORMS = (
         Pool.of(
             "where was I born|what is my place of birth|where do I come from", "do you know where I was born"
         ),
-        "you were born in {v}",
-        "where you were born",
+        "your birthplace is {v}",
     ),
     Form(
         "place",
@@ -96,21 +83,18 @@ FORMS = (
             "I work in {v}|my office is in {v}|I have a job in {v}|my job is in {v}", "I am working in {v}"
         ),
         Pool.of("where do I work|where is my office|where is my job", "do you know where I work"),
-        "you work in {v}",
-        "where you work",
+        "your workplace is {v}",
     ),
     Form(
         "age",
         "I",
         Pool.of("I am {v} years old|my age is {v}|I am aged {v}|my own age is {v}", "I turned {v} years old"),
         Pool.of("how old am I|what is my age|do you know how old I am", "can you tell me how old I am"),
-        "you are {v} years old",
-        "how old you are",
+        "your age is {v}",
     ),
     Form(
         "name",
-        f"{PEOPLE}|{PETS}|boat|company|school|band|hotel|team|favourite cafe|project|robot|car|"
-        f"garden gnome|ship",
+        f"{PEOPLE}|{PETS}|{THINGS}",
         Pool.of(
             "my {s} is called {v}|my {s}'s name is {v}|the name of my {s} is {v}|I have a {s} called {v}|"
             "I have a {s} named {v}|my {s} goes by the name {v}",
@@ -123,7 +107,6 @@ FORMS = (
             "do you know what my {s} is called|can you tell me my {s}'s name|which name does my {s} have",
         ),
         "your {s} is called {v}",
-        "what your {s} is called",
     ),
     Form(
         "age",
@@ -136,8 +119,7 @@ FORMS = (
             "how old is my {s}|what is my {s}'s age|what is the age of my {s}|do you know how old my {s} is",
             "can you tell me how old my {s} is|what age is my {s}",
         ),
-        "your {s} is {v} years old",
-        "how old your {s} is",
+        "the age of your {s} is {v}",
     ),
     Form(
         "place",
@@ -152,12 +134,11 @@ FORMS = (
             "do you know where my {s} lives",
             "can you tell me where my {s} lives|where is the home of my {s}",
         ),
-        "your {s} lives in {v}",
-        "where your {s} lives",
+        "the home of your {s} is {v}",
     ),
     Form(
         "place",
-        "meeting|wedding|next holiday|party|exam|concert|job interview|conference|course|family reunion",
+        EVENTS,
         Pool.of(
             "my {s} is in {v}|my {s} takes place in {v}|the place of my {s} is {v}|I go to {v} for my {s}",
             "my {s} will be in {v}|the place for my {s} is {v}",
@@ -167,15 +148,11 @@ FORMS = (
             "do you know where my {s} is",
             "can you tell me where my {s} is|in which place is my {s}",
         ),
-        "your {s} is in {v}",
-        "where your {s} is",
+        "the place of your {s} is {v}",
     ),
     Form(
         "number",
-        "locker code|room number|door code|flight number|seat number|badge number|ticket number|"
-        "customer number|"
-        "bus number|house number|phone extension|alarm code|order number|bike lock code|parking spot|"
-        "library card number|safe code",
+        NUMBERED,
         Pool.of(
             "my {s} is {v}|I have {v} as my {s}|the {s} I have is {v}|they gave me {s} {v}|"
             "I was given the {s} {v}",
@@ -186,11 +163,10 @@ FORMS = (
             "can you tell me my {s}|what {s} do I have",
         ),
         "your {s} is {v}",
-        "your {s}",
     ),
     Form(
         "age",
-        "books|plants|chairs|records|hats|paintings|cameras|spoons|bicycles|postcards",
+        COUNTED,
         Pool.of(
             "I own {v} {s}|I have {v} {s} at home|there are {v} {s} in my house",
             "I have {v} {s} in my house|at home I own {v} {s}",
@@ -199,8 +175,7 @@ FORMS = (
             "how many {s} do I own|how many {s} do I have|do you know how many {s} I own",
             "can you tell me how many {s} I own|how many {s} are in my house",
         ),
-        "you own {v} {s}",
-        "how many {s} you own",
+        "the number of your {s} is {v}",
     ),
     Form(
         "favourite",
@@ -216,11 +191,10 @@ FORMS = (
             "can you tell me my favourite {s}|which {s} is my favourite",
         ),
         "your favourite {s} is {v}",
-        "your favourite {s}",
     ),
     Form(
         "list",
-        "shopping list|packing list|wish list|to-do list|gift list|tool list",
+        LISTS,
         Pool.of(
             "my {s} is {v}|on my {s} are {v}|I put {v} on my {s}|my {s} has {v} on it",
             "there are {v} on my {s}|I have {v} on my {s}",
@@ -230,7 +204,6 @@ FORMS = (
             "can you tell me what is on my {s}|which things are on my {s}",
         ),
         "your {s} is {v}",
-        "what is on your {s}",
     ),
 )
 

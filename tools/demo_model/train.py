@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -20,12 +21,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tools.demo_model.corpus import CHAT_TEMPLATE, END, PAD, START, make_batch, train_tokenizer
+from tools.demo_model.dialogues import Mix
 from tools.demo_model.values import Split
 
 CONTEXT = 2048
 VOCAB = 2048
+RATE = 2e-3
+Backbone = Callable[..., BaseModelOutputWithPast]
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,15 @@ class Stage:
 
     num_steps: int
     batches: tuple[tuple[int, int], ...]  # (dialogues, tokens of each)
+    mix: Mix | None = None  # of the dialogues; None: each dialogue has its own
 
 
-# Copying is learned soon from short dialogues and hardly from long ones; then the reach is extended.
+# Copying comes first and is learned from echoes, then what to copy, then from how far.
 STAGES = (
-    Stage(1500, ((8, 256),)),
-    Stage(800, ((8, 256), (6, 512))),
-    Stage(800, ((6, 512), (8, 256), (6, 512), (2, 2048))),
+    Stage(450, ((8, 256),), Mix(echo=12, arithmetic=4)),
+    Stage(800, ((8, 256),), Mix(tell=4, ask=5, ask_unknown=2, digress=1, story=0.1, arithmetic=1)),
+    Stage(1250, ((8, 256), (4, 512))),
+    Stage(1500, ((4, 512), (8, 256), (1, 2048))),
 )
 
 
@@ -65,9 +72,12 @@ def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 def produced_logits(
-    model: LlamaForCausalLM, backbone, ids: Tensor, produced: Tensor
+    model: LlamaForCausalLM, backbone: Backbone, ids: Tensor, produced: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Logits [N, V] fp32 before each of the N tokens that count, and those tokens [N] int64."""
+    """Logits [N, V] fp32 before each of the N tokens that count, and those tokens [N] int64.
+
+    `backbone` is `model.model`, as it is or compiled.
+    """
     keep = produced[:, 1:]
     with torch.autocast("cpu", torch.bfloat16):
         hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
@@ -85,47 +95,55 @@ def token_accuracy(
     return (logits.argmax(-1) == wanted).float().mean().item()
 
 
-def train(tokenizer: Tokenizer, seed: int, lr: float, out: Path) -> LlamaForCausalLM:
-    """Trains through all STAGES; reports to stderr and writes the model so far into `out` now and then."""
+def make_optimizers(model: LlamaForCausalLM, rate: float) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices of the layers, AdamW for embeddings and norms, at one rate for both."""
+    layers = list(model.model.layers.parameters())
+    matrices = [weight for weight in layers if weight.ndim == 2]
+    others = [weight for weight in layers if weight.ndim == 1]
+    others += [*model.model.embed_tokens.parameters(), *model.model.norm.parameters()]
+    return (
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
+    )
+
+
+def rate_factor(step: int, num_steps: int) -> float:
+    """Warms up, holds, and falls linearly to zero over the last three fifths."""
+    return min(1.0, (step + 1) / 50, (num_steps - step) / (0.6 * num_steps))
+
+
+def train(tokenizer: Tokenizer, seed: int, rate: float, out: Path) -> LlamaForCausalLM:
+    """Trains through all STAGES; reports to stderr and writes what there is into `out` on the way."""
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)
     rng = Random(seed)
     model = new_model(tokenizer)
     compiled = torch.compile(model.model, dynamic=False)
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers = (
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
-    )
+    optimizers = make_optimizers(model, rate)
     schedule = [stage for stage in STAGES for _ in range(stage.num_steps)]
     started = time.monotonic()
-    running = math.log(VOCAB)
+    smooth_loss = math.log(VOCAB)
     for step, stage in enumerate(schedule):
-        # Warm up, hold, and fall linearly to zero over the last two fifths.
-        factor = min(1.0, (step + 1) / 50, (len(schedule) - step) / (0.4 * len(schedule)))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor
-        ids, produced = make_batch(rng, tokenizer, *stage.batches[step % len(stage.batches)])
+        num_rows, length = stage.batches[step % len(stage.batches)]
+        ids, produced = make_batch(rng, tokenizer, num_rows, length, Split.TRAIN, stage.mix)
         loss = cross_entropy(*produced_logits(model, compiled, ids, produced))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * rate_factor(step, len(schedule))
             optimizer.step()
             optimizer.zero_grad()
-        running += 0.05 * (loss.item() - running)
+        smooth_loss += 0.05 * (loss.item() - smooth_loss)
         if (step + 1) % 100 == 0:
-            accuracies = {
-                f"{split.value} {length}": round(token_accuracy(model, tokenizer, step, split, length), 4)
-                for split, length in ((Split.TRAIN, 256), (Split.HELD_OUT, 256), (Split.HELD_OUT, 2048))
-            }
+            shares = [token_accuracy(model, tokenizer, step, Split.HELD_OUT, n) for n in (256, CONTEXT)]
+            elapsed_s = time.monotonic() - started
             print(
-                f"{time.monotonic() - started:5.0f} s step {step + 1} loss {running:.4f} {accuracies}",
+                f"{elapsed_s:5.0f} s, step {step + 1} of {len(schedule)}, loss {smooth_loss:.4f}",
+                f"held-out tokens right: {shares[0]:.3f} of 256, {shares[1]:.3f} of {CONTEXT}",
                 file=sys.stderr,
                 flush=True,
             )
-        if (step + 1) % 300 == 0:
             write_folder(model, tokenizer, out)
     return model
 
@@ -147,13 +165,13 @@ def write_folder(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
+    """Trains tokenizer and model, and writes the folder."""
+    parser = argparse.ArgumentParser(description="Train the demo model.")
+    parser.add_argument("--out", type=Path, required=True, help="where the Hugging Face folder goes")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=2e-3)
     arguments = parser.parse_args()
     tokenizer = train_tokenizer(arguments.seed, VOCAB)
-    model = train(tokenizer, arguments.seed, arguments.lr, arguments.out)
+    model = train(tokenizer, arguments.seed, RATE, arguments.out)
     write_folder(model, tokenizer, arguments.out)
 
 

@@ -6,6 +6,7 @@ Words are split by hand; made-up names and numbers, which are practically endles
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass
 from enum import Enum
@@ -113,7 +114,27 @@ WORDS = {
         "crackers|a camera|sandals|an umbrella",
     ),
 }
-_ONSETS = "b|br|c|ch|d|dr|f|fl|g|gr|h|j|k|l|m|n|p|pr|qu|r|s|sh|st|t|th|tr|v|w|y|z|bl|cl|sk".split("|")
+PEOPLE = (
+    "sister|brother|cousin|aunt|uncle|daughter|son|neighbour|boss|teacher|dentist|doctor|landlord|roommate|colleague|"
+    "coach|nephew|niece|grandmother|grandfather|best friend|mother|father|partner|barber|lawyer"
+)
+PETS = "cat|dog|horse|parrot|rabbit|hamster|goldfish|turtle|pony|kitten|puppy|canary|goat|donkey"
+THINGS = "boat|company|school|band|hotel|team|favourite cafe|project|robot|car|garden gnome|ship"
+EVENTS = "meeting|wedding|next holiday|party|exam|concert|job interview|conference|course|family reunion"
+NUMBERED = (
+    "locker code|room number|door code|flight number|seat number|badge number|ticket number|customer number|"
+    "bus number|house number|phone extension|alarm code|order number|bike lock code|parking spot|"
+    "library card number|safe code"
+)
+COUNTED = "books|plants|chairs|records|hats|paintings|cameras|spoons|bicycles|postcards"
+LISTS = "shopping list|packing list|wish list|to-do list|gift list|tool list"
+
+_POOLS = (NAMES, PLACES, *WORDS.values())
+_SUBJECTS = (PEOPLE, PETS, THINGS, EVENTS, NUMBERED, COUNTED, LISTS)
+_LEARNED = " ".join((*(value for pool in _POOLS for value in pool.train), *_SUBJECTS))
+_STOCK = sorted({word for word in re.findall(r"[a-z]+", _LEARNED.lower()) if len(word) > 2})
+_REAL = {value for pool in _POOLS for value in pool.train + pool.held_out}
+_ONSETS = "|||||b|br|c|ch|d|dr|f|fl|g|gr|h|j|k|l|m|n|p|pr|qu|r|s|sh|st|t|th|tr|v|w|y|z|bl|cl|sk".split("|")
 _VOWELS = "a|e|i|o|u|a|e|i|o|ai|ea|ee|io|ou|y".split("|")
 _CODAS = "|||n|r|l|s|t|m|x|nd|rk|ck|sh|th|ll|ss|p|d|g".split("|")
 _TOWN_ENDINGS = "ton|ford|burg|ville|dale|stad|port|mouth|wick|heim".split("|")
@@ -125,23 +146,41 @@ def split_of(value: str) -> Split:
     return Split.HELD_OUT if zlib.crc32(value.encode()) % 5 == 0 else Split.TRAIN
 
 
-def _made_up_word(rng: Random) -> str:
-    num_syllables = rng.choice((1, 2, 2, 2, 3))
-    parts = [rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(num_syllables)]
+def spliced_word(rng: Random) -> str:
+    """The head of one learned word on the tail of another: a word that means nothing, of ordinary pieces."""
+    head, tail = rng.choice(_STOCK), rng.choice(_STOCK)
+    return head[: rng.randint(1, 5)] + tail[-rng.randint(1, 5) :]
+
+
+def _syllables(rng: Random) -> str:
+    parts = (
+        rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
+        for _ in range(rng.choice((1, 2, 2, 2, 3)))
+    )
     word = "".join(parts)[:10]
-    return (word if len(word) > 2 else word + rng.choice("nrlst")).capitalize()
+    return word if len(word) > 2 else word + rng.choice("nrlst")
 
 
 def _made_up(rng: Random, split: Split, ending: str = "") -> str:
-    while split_of(word := _made_up_word(rng) + ending) is not split or word in NAMES.train + NAMES.held_out:
-        pass
-    return word
+    while True:
+        word = (spliced_word(rng) if rng.random() < 0.3 else _syllables(rng)) + ending
+        if split_of(word) is split and word.capitalize() not in _REAL:
+            return word.capitalize()
 
 
 def _number(rng: Random, split: Split, low: int, high: int) -> str:
     while split_of(number := str(rng.randint(low, high))) is not split:
         pass
     return number
+
+
+def _word(rng: Random, kind: str, split: Split) -> str:
+    """A word of the pool; so that any word can be copied, training has meaningless ones among them."""
+    if split is Split.TRAIN and rng.random() < 0.3:
+        word = rng.choice(("", "a ")) * (kind == "item") + spliced_word(rng)
+        if word not in _REAL:
+            return word
+    return rng.choice(WORDS[kind][split])
 
 
 def draw_value(rng: Random, kind: str, split: Split) -> str:
@@ -161,8 +200,18 @@ def draw_value(rng: Random, kind: str, split: Split) -> str:
     if kind == "age":
         return _number(rng, split, 2, 99)
     if kind == "list":
-        return join_items(rng.sample(WORDS["item"][split], rng.choice((2, 3, 3, 4))))
-    return rng.choice(WORDS[kind][split])
+        items: list[str] = []
+        for _ in range(rng.choice((2, 3, 3, 4))):
+            items = add_item(rng, items, split)
+        return join_items(items)
+    return _word(rng, kind, split)
+
+
+def add_item(rng: Random, items: list[str], split: Split) -> list[str]:
+    """The items and a new one."""
+    while (item := _word(rng, "item", split)) in items:
+        pass
+    return [*items, item]
 
 
 def join_items(items: list[str]) -> str:
