@@ -27,7 +27,7 @@ from kernels.paged_attention import AttnMeta, paged_attention, paged_attention_r
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_ref
 from kernels.rope import rope_kv_write, rope_kv_write_ref
 from kernels.silu_mul import silu_mul, silu_mul_ref
-from tools.measure import commit, dram_read_gbps, machine, median
+from tools.measure import DramRead, commit, machine, median
 
 COLD_BYTES = 200_000_000
 SLOTS = 32
@@ -54,7 +54,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     print(f"{dispatch.describe()}, {chosen.threads} threads")
-    gbps = dram_read_gbps(2.0)
+    gbps = DramRead().measure(2.0)
     print(f"DRAM read {gbps:.1f} GB/s\n\n{'':47}{'kernel':>13}{'reference':>14}{'ratio':>8}{'rate':>10}")
     rows = [_measure(case, chosen.seconds) for case in _cases()]
     if chosen.json:

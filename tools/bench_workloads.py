@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rpc.client import ContinuoClient
-from tools.measure import dram_read_gbps, median, model_of_shape, percentile, server_arguments, write_result
+from tools.measure import DramRead, median, model_of_shape, percentile, server_arguments, write_result
 from tools.server_process import ServerProcess
 from tools.workload import MANY, ONE, Outcome, Workload, drive
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 async def _measure(shape: str, folder: Path, repeats: int) -> dict[str, Any]:
     outcomes: dict[str, list[Outcome]] = {name: [] for name in WORKLOADS}
-    bandwidth = [dram_read_gbps()]
+    bandwidth = [DramRead().measure(1.0)]
     async with (
         await ServerProcess.start(*server_arguments(folder, "--device-kv-tokens", "40000")) as server,
         ContinuoClient(server.address) as client,
@@ -48,7 +48,7 @@ async def _measure(shape: str, folder: Path, repeats: int) -> dict[str, Any]:
         for repeat in range(repeats):
             for name, workload in WORKLOADS.items():
                 outcomes[name].append(await drive(client, workload, VOCAB, seed=repeat))
-    bandwidth.append(dram_read_gbps())
+    bandwidth.append(DramRead().measure(1.0))
     scale = max(bandwidth) / PEER_GBPS
     figures: dict[str, Any] = {"shape": shape, "dram_read_gbps": [round(value, 1) for value in bandwidth]}
     for name, runs in outcomes.items():

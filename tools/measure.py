@@ -62,17 +62,22 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
     return path
 
 
-def dram_read_gbps(seconds: float = 1.0) -> float:
-    """Best GB/s of summing 1 GiB with all threads: the most that weights and KV can be read with."""
-    import torch
+class DramRead:
+    """Sums 1 GiB with all threads: the most that weights and KV can be read with."""
 
-    data = torch.ones(2**28, dtype=torch.float32)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        begun = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - begun)
-    return data.nbytes / best / 1e9
+    def __init__(self) -> None:
+        import torch
+
+        self._data = torch.ones(2**28, dtype=torch.float32)
+
+    def measure(self, seconds: float = 0.5) -> float:
+        """GB/s, the best of `seconds`."""
+        best, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            begun = time.perf_counter()
+            self._data.sum()
+            best = min(best, time.perf_counter() - begun)
+        return self._data.nbytes / best / 1e9
 
 
 def percentile(values: Sequence[float], share: float) -> float:
