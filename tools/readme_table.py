@@ -36,14 +36,12 @@ def with_numbers(readme: str) -> str:
 
 
 def set_up() -> str:
-    newcomer = _load("newcomer")
-    minutes = newcomer["test_s"] / 60
+    setup = _load("setup")
     return (
-        "Both need Linux on x86-64 and Python 3.11. The first sets itself up in `.venv` "
-        f"({newcomer['setup_s']:.0f} s with quick downloads, {newcomer['venv_mb']:,} MB, most of it torch) "
-        f"and then takes {newcomer['demo_s']:.0f} s; the second adds what tests need "
-        f"({newcomer['venv_with_tests_mb']:,} MB in all) and takes {minutes:.0f} minutes on two cores. "
-        "Nothing is written outside the checkout."
+        "Both need Linux on x86-64 and Python 3.11. The first sets itself up in `.venv`: "
+        f"{setup['server_s']:.0f} s with quick downloads, {setup['server_mb']:,} MB, most of it torch. The second "
+        f"adds what tests need: {setup['tests_s']:.0f} s more, {setup['tests_mb']:,} MB in all. Nothing is written "
+        "outside the checkout."
     )
 
 
