@@ -8,24 +8,21 @@ from tools.demo_model.values import Pool
 
 TELL_OPENERS = Pool.of(
     "||||By the way, |Please remember that |Just so you know, |Note that |You should know that |Also, |"
-    "Well, |"
-    "I want you to know that |Remember this: |Here is a fact: |For later: |Let me add that |Hello! |Oh, |"
-    "Good to see you. |I forgot to say that |One thing about me: |I should say that |Do not forget that |"
-    "It may help to know that |For the record, |Guess what: |Something else: |Between us, |News: ",
+    "Well, |I want you to know that |Remember this: |Here is a fact: |For later: |Let me add that |Hello! |"
+    "Oh, |Good to see you. |I forgot to say that |One thing about me: |I should say that |"
+    "Do not forget that |It may help to know that |For the record, |Guess what: |Something else: |"
+    "Between us, |News: ",
     "For your notes: |Let me tell you that |Keep this for later: |Please note that ",
 )
 TELL_CLOSERS = Pool.of(
     "||||| Please remember it.| Keep that in mind.| Remember that.| That is all for now.|"
-    " I may ask you later.|"
-    " Do not forget it.| You may need it.| Is that clear?",
+    " I may ask you later.| Do not forget it.| You may need it.| Is that clear?",
     "| Please keep that in mind.| I may ask you about it.",
 )
 ASK_OPENERS = Pool.of(
     "|||||Tell me, |Quick question: |I forgot: |Remind me, |So, |One more question: |Now, |Hello! |"
-    "I wonder, |Well, |"
-    "Please tell me: |By the way, |Back to me: |A question: |Let us see: |Oh, |Let me check: |Say, |"
-    "Another thing: |"
-    "Can you help? |Sorry, ",
+    "I wonder, |Well, |Please tell me: |By the way, |Back to me: |A question: |Let us see: |Oh, |"
+    "Let me check: |Say, |Another thing: |Can you help? |Sorry, ",
     "Another question: |Now tell me, |Let me ask you: |Help me, ",
 )
 ASK_CLOSERS = Pool.of(
@@ -73,11 +70,9 @@ SYSTEM_PROMPTS = Pool.of(
 COUNTABLE = "marbles|coins|shells|tokens|buttons|balloons".split("|")
 TOPICS = Pool.of(
     "the sea|the moon|old trains|cheese|volcanoes|gardens|the desert|bridges|castles|bees|jazz|chess|"
-    "glaciers|maps|"
-    "windmills|opera|the stars|rivers|paper|robots|dragons|clocks|knitting|mountains|kites|pottery|"
-    "lighthouses|bread|"
-    "ants|comets|ice|tunnels|poems|museums|weather|forests|football|salt|ships|deserts|satellites|"
-    "paintings|snow",
+    "glaciers|maps|windmills|opera|the stars|rivers|paper|robots|dragons|clocks|knitting|mountains|kites|"
+    "pottery|lighthouses|bread|ants|comets|ice|tunnels|poems|museums|weather|forests|football|salt|ships|"
+    "deserts|satellites|paintings|snow",
     "pyramids|waterfalls|origami|submarines|mushrooms|meteorites|the rainforest|puppets|coral reefs|"
     "typewriters",
 )

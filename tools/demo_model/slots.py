@@ -20,7 +20,7 @@ class Slot:
     kind: str  # which values fit: see `values.draw_value`
     tells: Pool
     asks: Pool
-    fact: str  # as the assistant says it, value last: "your cat is called {v}"
+    fact: str  # as the assistant says it, value last: "the name of your cat is {v}"
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,10 @@ FORMS = (
         ),
         Pool.of(
             "what is my {s} called|what is my {s}'s name|what is the name of my {s}|"
-            "what name does my {s} have|"
-            "do you know my {s}'s name|can you tell me what my {s} is called",
+            "what name does my {s} have|do you know my {s}'s name|can you tell me what my {s} is called",
             "do you know what my {s} is called|can you tell me my {s}'s name|which name does my {s} have",
         ),
-        "your {s} is called {v}",
+        "the name of your {s} is {v}",
     ),
     Form(
         "age",

@@ -44,10 +44,10 @@ class Stage:
 
 # Copying comes first and is learned from echoes, then what to copy, then from how far.
 STAGES = (
-    Stage(450, ((8, 256),), Mix(echo=12, arithmetic=4)),
+    Stage(500, ((8, 256),), Mix(echo=12, arithmetic=4)),
     Stage(800, ((8, 256),), Mix(tell=4, ask=5, ask_unknown=2, digress=1, story=0.1, arithmetic=1)),
     Stage(1250, ((8, 256), (4, 512))),
-    Stage(1500, ((4, 512), (8, 256), (1, 2048))),
+    Stage(1400, ((4, 512), (8, 256), (1, 2048))),
 )
 
 

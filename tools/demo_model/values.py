@@ -38,32 +38,23 @@ class Pool:
 
 NAMES = Pool.of(
     "Anna|Ben|Clara|David|Emma|Felix|Greta|Hugo|Ida|Jonas|Karin|Leo|Maria|Nils|Olga|Paul|Rosa|Simon|Tina|"
-    "Victor|Wanda|"
-    "Alice|Bruno|Cecil|Diana|Edgar|Fiona|George|Helen|Ivan|Julia|Kevin|Laura|Martin|Nora|Oscar|Petra|"
-    "Quentin|Rita|"
-    "Steven|Teresa|Ulrich|Vera|Walter|Yvonne|Amir|Bella|Carlos|Dolores|Elena|Farid|Gina|Hassan|Irene|"
-    "Jamal|Kenji|"
-    "Lucia|Mehmet|Nadia|Omar|Priya|Rafael|Sana|Tariq|Uma|Yuki|Zoe|Biscuit|Pepper|Shadow|Ginger|Rocky|Luna|"
-    "Simba",
+    "Victor|Wanda|Alice|Bruno|Cecil|Diana|Edgar|Fiona|George|Helen|Ivan|Julia|Kevin|Laura|Martin|Nora|Oscar|"
+    "Petra|Quentin|Rita|Steven|Teresa|Ulrich|Vera|Walter|Yvonne|Amir|Bella|Carlos|Dolores|Elena|Farid|Gina|"
+    "Hassan|Irene|Jamal|Kenji|Lucia|Mehmet|Nadia|Omar|Priya|Rafael|Sana|Tariq|Uma|Yuki|Zoe|Biscuit|Pepper|"
+    "Shadow|Ginger|Rocky|Luna|Simba",
     "Miso|Tobias|Agnes|Bertram|Carmen|Dieter|Esther|Franco|Gloria|Harald|Ingrid|Joachim|Katja|Lorenzo|"
-    "Mathilda|"
-    "Norbert|Ophelia|Patrick|Ramona|Sebastian|Thelma|Urban|Valerie|Wilhelm|Xenia|Yannick|Zelda|Akira|"
-    "Bilal|Chiara|"
-    "Dmitri|Eleni|Fatima|Gustavo|Hiroshi|Imran|Jasmin|Kofi|Leila|Magnus|Noor|Olivier|Pablo|Ravi|Sofia|"
-    "Tomas|Viggo|"
-    "Whiskers|Muffin|Noodle|Pickles|Bandit|Waffles",
+    "Mathilda|Norbert|Ophelia|Patrick|Ramona|Sebastian|Thelma|Urban|Valerie|Wilhelm|Xenia|Yannick|Zelda|"
+    "Akira|Bilal|Chiara|Dmitri|Eleni|Fatima|Gustavo|Hiroshi|Imran|Jasmin|Kofi|Leila|Magnus|Noor|Olivier|"
+    "Pablo|Ravi|Sofia|Tomas|Viggo|Whiskers|Muffin|Noodle|Pickles|Bandit|Waffles",
 )
 PLACES = Pool.of(
     "London|Paris|Berlin|Madrid|Rome|Vienna|Prague|Lisbon|Dublin|Athens|Oslo|Helsinki|Warsaw|Cairo|Lagos|"
-    "Nairobi|"
-    "Tokyo|Seoul|Beijing|Delhi|Mumbai|Sydney|Toronto|Chicago|Boston|Denver|Lima|Bogota|Quito|Havana|"
-    "Munich|Hamburg|"
-    "Milan|Naples|Seville|Porto|Lyon|Ghent|Utrecht|Geneva|Krakow|Riga|Bergen|Leeds|Bristol|Cardiff|Kyoto|"
-    "Hanoi|Perth",
+    "Nairobi|Tokyo|Seoul|Beijing|Delhi|Mumbai|Sydney|Toronto|Chicago|Boston|Denver|Lima|Bogota|Quito|Havana|"
+    "Munich|Hamburg|Milan|Naples|Seville|Porto|Lyon|Ghent|Utrecht|Geneva|Krakow|Riga|Bergen|Leeds|Bristol|"
+    "Cardiff|Kyoto|Hanoi|Perth",
     "Amsterdam|Brussels|Copenhagen|Stockholm|Budapest|Zagreb|Tallinn|Valencia|Marseille|Florence|Salzburg|"
-    "Leipzig|"
-    "Antwerp|Glasgow|Osaka|Manila|Jakarta|Nagoya|Accra|Tunis|Casablanca|Montreal|Seattle|Houston|Santiago|"
-    "Montevideo",
+    "Leipzig|Antwerp|Glasgow|Osaka|Manila|Jakarta|Nagoya|Accra|Tunis|Casablanca|Montreal|Seattle|Houston|"
+    "Santiago|Montevideo",
 )
 WORDS = {
     "colour": Pool.of(
@@ -105,18 +96,16 @@ WORDS = {
     ),
     "item": Pool.of(
         "apples|rice|tea|soap|candles|paper|nails|a lamp|a tent|a map|socks|boots|gloves|a book|pens|glue|"
-        "salt|sugar|"
-        "flour|eggs|butter|honey|rope|matches|a knife|plates|cups|a ladder|a broom|paint|seeds|a hat|"
-        "a scarf|towels|"
-        "a torch|batteries|a clock|pillows|onions|carrots|beans|garlic|olives|nuts|stamps|envelopes",
+        "salt|sugar|flour|eggs|butter|honey|rope|matches|a knife|plates|cups|a ladder|a broom|paint|seeds|"
+        "a hat|a scarf|towels|a torch|batteries|a clock|pillows|onions|carrots|beans|garlic|olives|nuts|"
+        "stamps|envelopes",
         "potatoes|mushrooms|vinegar|sunscreen|a kettle|a compass|blankets|toothpaste|a hammer|shampoo|"
-        "raisins|spinach|"
-        "crackers|a camera|sandals|an umbrella",
+        "raisins|spinach|crackers|a camera|sandals|an umbrella",
     ),
 }
 PEOPLE = (
-    "sister|brother|cousin|aunt|uncle|daughter|son|neighbour|boss|teacher|dentist|doctor|landlord|roommate|colleague|"
-    "coach|nephew|niece|grandmother|grandfather|best friend|mother|father|partner|barber|lawyer"
+    "sister|brother|cousin|aunt|uncle|daughter|son|neighbour|boss|teacher|dentist|doctor|landlord|roommate|"
+    "colleague|coach|nephew|niece|grandmother|grandfather|best friend|mother|father|partner|barber|lawyer"
 )
 PETS = "cat|dog|horse|parrot|rabbit|hamster|goldfish|turtle|pony|kitten|puppy|canary|goat|donkey"
 THINGS = "boat|company|school|band|hotel|team|favourite cafe|project|robot|car|garden gnome|ship"
