@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from tools.demo_model.dialogues import NOT_TOLD, Turn, endless_turns, is_right, judged_turns
-from tools.demo_model.evaluate import HERE, Score, kinds_of, play_dialogues, play_fresh
+from tools.demo_model.evaluate import CONDITIONS, HERE, Score, kinds_of, play_dialogue, play_fresh
 from tools.demo_model.player import Player
 from tools.demo_model.slots import FORMS, SLOTS, Slot
 from tools.demo_model.story import Ask, Tell, facts_story
@@ -75,7 +75,7 @@ def test_judged_questions_reach_two_to_twelve_turns_back():
     distances = set()
     for seed in range(60):
         told: dict[Slot, int] = {}
-        for number, turn in enumerate(judged_turns(Random(seed), Split.HELD_OUT, 20)):
+        for number, turn in enumerate(judged_turns(Random(seed), Split.HELD_OUT, Split.HELD_OUT, 20)):
             if turn.category in ("tell", "change"):
                 told.update(dict.fromkeys(turn.slots, number))
             elif turn.category == "recall":
@@ -130,8 +130,9 @@ def test_the_tokenizer_gives_any_text_back(player: Player):
 @needs_model
 def test_the_model_remembers_what_it_was_told_and_knows_what_it_was_not(player: Player):
     score = Score()
-    play_dialogues(player, score, num_dialogues=6, wording=Split.TRAIN, seed=11)
-    play_fresh(player, score, num_conversations=6, wording=Split.TRAIN, seed=11)
+    for seed in range(6):
+        play_dialogue(player, score, CONDITIONS["new dialogues"], seed)
+        play_fresh(player, score, CONDITIONS["new dialogues"], seed)
     assert score.asked["recall"] >= 15 and score.asked["not_told"] >= 3
     assert score.shares()["recall"] >= 0.95, score.wrong
     assert score.shares()["not_told"] >= 0.9 and score.shares()["fresh conversation"] == 1, score.wrong
@@ -156,7 +157,7 @@ def test_kinds_of_questions_tell_names_from_numbers():
     kinds = {
         kind
         for seed in range(20)
-        for turn in judged_turns(Random(seed), Split.TRAIN, 20)
+        for turn in judged_turns(Random(seed), Split.TRAIN, Split.TRAIN, 20)
         if turn.expected is not None
         for kind in kinds_of(turn)
     }

@@ -63,8 +63,8 @@ class Mix:
         return cls(
             tell=rng.choice((1, 3, 5)),
             ask=rng.choice((3, 6, 10)),
-            ask_unknown=rng.choice((1, 2, 3)),
-            change=rng.choice((0, 0.7, 2)),
+            ask_unknown=rng.choice((1, 2, 4)),
+            change=rng.choice((0.5, 1, 2)),
             digress=rng.choice((0.3, 1, 3)),
             story=rng.choice((0, 0, 0.2, 1)),
             echo=rng.choice((0.2, 1)),
@@ -139,7 +139,7 @@ class Talk:
 
     def echo(self) -> Turn:
         """Words to repeat: exercise in copying what has no meaning."""
-        kinds = self.rng.choices(("name", "place", "number", "age", "item"), k=self.rng.randint(1, 6))
+        kinds = self.rng.choices(("name", "place", "number", "count", "item"), k=self.rng.randint(1, 6))
         values = [draw_value(self.rng, kind, self.values) for kind in kinds]
         values += [spliced_word(self.rng) for _ in range(self.rng.randint(0, 6))]
         words = " ".join(self.rng.sample(values, len(values)))
@@ -233,12 +233,9 @@ def endless_turns(rng: Random, split: Split, mix: Mix | None = None) -> Iterator
         yield talk.go_on(mix)
 
 
-def judged_turns(rng: Random, wording: Split, num_turns: int) -> Iterator[Turn]:
-    """A dialogue to judge a model by: each fact is asked for once, 2-12 turns after it was told or changed.
-
-    The values are held out; the wording may be either.
-    """
-    talk, mix = Talk(rng, wording, Split.HELD_OUT), Mix(ask=0)
+def judged_turns(rng: Random, wording: Split, values: Split, num_turns: int) -> Iterator[Turn]:
+    """A dialogue to judge a model by: a fact is asked for once, 2-12 turns after it was told or changed."""
+    talk, mix = Talk(rng, wording, values), Mix(ask=0)
     asked: set[Fact] = set()
     while talk.num_turns < num_turns:
         due = [s for s, f in talk.facts.items() if f not in asked and 2 <= talk.num_turns - f.turn <= 12]

@@ -164,7 +164,7 @@ FORMS = (
         "your {s} is {v}",
     ),
     Form(
-        "age",
+        "count",
         COUNTED,
         Pool.of(
             "I own {v} {s}|I have {v} {s} at home|there are {v} {s} in my house",

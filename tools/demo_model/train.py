@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.logging import disable_progress_bar
 
 from tools.demo_model.corpus import CHAT_TEMPLATE, END, PAD, START, make_batch, train_tokenizer
 from tools.demo_model.dialogues import Mix
@@ -44,10 +45,10 @@ class Stage:
 
 # Copying comes first and is learned from echoes, then what to copy, then from how far.
 STAGES = (
-    Stage(500, ((8, 256),), Mix(echo=12, arithmetic=4)),
-    Stage(800, ((8, 256),), Mix(tell=4, ask=5, ask_unknown=2, digress=1, story=0.1, arithmetic=1)),
-    Stage(1250, ((8, 256), (4, 512))),
-    Stage(1400, ((4, 512), (8, 256), (1, 2048))),
+    Stage(600, ((8, 256),), Mix(echo=12, arithmetic=4)),
+    Stage(2000, ((8, 256),), Mix(tell=4, ask=5, ask_unknown=2, change=1.2, digress=1, story=0.1)),
+    Stage(3500, ((16, 256), (8, 512))),
+    Stage(3500, ((8, 512), (4, 1024), (16, 256), (2, 2048))),
 )
 
 
@@ -135,7 +136,7 @@ def train(tokenizer: Tokenizer, seed: int, rate: float, out: Path) -> LlamaForCa
             optimizer.step()
             optimizer.zero_grad()
         smooth_loss += 0.05 * (loss.item() - smooth_loss)
-        if (step + 1) % 100 == 0:
+        if (step + 1) % 200 == 0:
             shares = [token_accuracy(model, tokenizer, step, Split.HELD_OUT, n) for n in (256, CONTEXT)]
             elapsed_s = time.monotonic() - started
             print(
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the Hugging Face folder goes")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    disable_progress_bar()
     tokenizer = train_tokenizer(arguments.seed, VOCAB)
     model = train(tokenizer, arguments.seed, RATE, arguments.out)
     write_folder(model, tokenizer, arguments.out)

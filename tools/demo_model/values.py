@@ -116,14 +116,17 @@ NUMBERED = (
     "library card number|safe code"
 )
 COUNTED = "books|plants|chairs|records|hats|paintings|cameras|spoons|bicycles|postcards"
-LISTS = "shopping list|packing list|wish list|to-do list|gift list|tool list"
+LISTS = (
+    "shopping list|packing list|wish list|to-do list|gift list|tool list|camping list|kitchen list|"
+    "moving list"
+)
 
 _POOLS = (NAMES, PLACES, *WORDS.values())
 _SUBJECTS = (PEOPLE, PETS, THINGS, EVENTS, NUMBERED, COUNTED, LISTS)
 _LEARNED = " ".join((*(value for pool in _POOLS for value in pool.train), *_SUBJECTS))
 _STOCK = sorted({word for word in re.findall(r"[a-z]+", _LEARNED.lower()) if len(word) > 2})
 _REAL = {value for pool in _POOLS for value in pool.train + pool.held_out}
-_ONSETS = "|||||b|br|c|ch|d|dr|f|fl|g|gr|h|j|k|l|m|n|p|pr|qu|r|s|sh|st|t|th|tr|v|w|y|z|bl|cl|sk".split("|")
+_ONSETS = "||||||b|br|c|ch|d|dr|f|fl|g|gr|h|j|k|l|m|n|p|pr|qu|r|s|sh|st|t|th|tr|v|w|x|y|z|bl|cl|sk".split("|")
 _VOWELS = "a|e|i|o|u|a|e|i|o|ai|ea|ee|io|ou|y".split("|")
 _CODAS = "|||n|r|l|s|t|m|x|nd|rk|ck|sh|th|ll|ss|p|d|g".split("|")
 _TOWN_ENDINGS = "ton|ford|burg|ville|dale|stad|port|mouth|wick|heim".split("|")
@@ -164,9 +167,10 @@ def _number(rng: Random, split: Split, low: int, high: int) -> str:
 
 
 def _word(rng: Random, kind: str, split: Split) -> str:
-    """A word of the pool; so that any word can be copied, training has meaningless ones among them."""
-    if split is Split.TRAIN and rng.random() < 0.3:
-        word = rng.choice(("", "a ")) * (kind == "item") + spliced_word(rng)
+    """A word of the pool; so that any word can be copied, half of training's are meaningless ones."""
+    if split is Split.TRAIN and rng.random() < 0.5:
+        made_up = _syllables(rng) if rng.random() < 0.4 else spliced_word(rng)
+        word = rng.choice(("", "a ")) * (kind == "item") + made_up
         if word not in _REAL:
             return word
     return rng.choice(WORDS[kind][split])
@@ -175,7 +179,7 @@ def _word(rng: Random, kind: str, split: Split) -> str:
 def draw_value(rng: Random, kind: str, split: Split) -> str:
     """A value of this kind from this half."""
     if kind == "name":
-        return rng.choice(NAMES[split]) if rng.random() < 0.3 else _made_up(rng, split)
+        return rng.choice(NAMES[split]) if rng.random() < 0.25 else _made_up(rng, split)
     if kind == "place":
         style = rng.random()
         if style < 0.4:
@@ -184,10 +188,12 @@ def draw_value(rng: Random, kind: str, split: Split) -> str:
             return f"{rng.choice(_TOWN_OPENINGS)} {_made_up(rng, split)}"
         return _made_up(rng, split, rng.choice(_TOWN_ENDINGS) if style < 0.7 else "")
     if kind == "number":
-        num_digits = rng.choice((3, 4, 4, 5, 6))
+        num_digits = rng.choice((2, 3, 4, 4, 5, 6))
         return _number(rng, split, 10 ** (num_digits - 1), 10**num_digits - 1)
     if kind == "age":
-        return _number(rng, split, 2, 99)
+        return _number(rng, split, 10, 99)
+    if kind == "count":
+        return _number(rng, split, 10, 999)
     if kind == "list":
         items: list[str] = []
         for _ in range(rng.choice((2, 3, 3, 4))):
