@@ -29,6 +29,22 @@ class FinishReason(Enum):
     CONTEXT_FULL = 4
     CANCELLED = 5
     DEADLINE = 6
+    APPENDED = 7  # nothing was to be generated
+
+
+class ReplyKind(Enum):
+    """What a stretch of a reply is, where the model's chat template marks it."""
+
+    TEXT = 0
+    REASONING = 1
+    TOOL_CALL = 2
+
+
+class RewritePolicy(Enum):
+    """What happens when the chat template would now render the past differently.  Stored: never renumber."""
+
+    KEEP = 0  # the tokens stand as they are
+    STRIP = 1  # from where the render departs, its tokens take their place
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +53,9 @@ class Message:
 
     role: str
     content: str
+    name: str | None = None  # of the speaker, or of the tool whose result this is
+    tool_call_id: str | None = None  # which call this is the result of
+    tool_calls: tuple[str, ...] = ()  # of an assistant message that comes from elsewhere; JSON objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +72,13 @@ class SamplingParams:
     stop: tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
+    presence_penalty: float | None = None  # 0 = off; subtracted once from tokens that the reply holds
+    frequency_penalty: float | None = None  # 0 = off; subtracted for each time that the reply holds a token
+    repetition_penalty: float | None = None  # 1 = off; divides what prompt or reply hold (CTRL, 1909.05858)
+    logit_bias: tuple[tuple[int, float], ...] | None = None  # (token id, added to its logit)
+    logprobs: int | None = None  # report the chosen token's, and that many of the likeliest; None = none
+    include_stop: bool | None = None  # the matched stop string stays in the text
+    bad_words: tuple[str, ...] | None = None  # texts that the reply must not contain
 
     def __post_init__(self) -> None:
         def check(name: str, low: float, high: float, what: str) -> None:
@@ -67,10 +93,25 @@ class SamplingParams:
         check("seed", 0, 2**63 - 1, "between 0 and 2^63 - 1")
         check("max_tokens", 1, 2**31 - 1, "at least 1")
         check("min_tokens", 0, 2**31 - 1, "0 or more")
+        check("presence_penalty", -100.0, 100.0, "between -100 and 100; 0 = off")
+        check("frequency_penalty", -100.0, 100.0, "between -100 and 100; 0 = off")
+        check("repetition_penalty", 0.01, 100.0, "between 0.01 and 100; 1 = off")
+        check("logprobs", 0, 20, "between 0 (of the chosen token alone) and 20")
         if self.stop is not None and any(not text for text in self.stop):
             raise InvalidRequest("a stop string is empty; leave it out or give it text")
         if self.stop is not None and len(self.stop) > 16:
             raise InvalidRequest(f"{len(self.stop)} stop strings were given; at most 16 are taken")
+        if self.bad_words is not None and any(not text for text in self.bad_words):
+            raise InvalidRequest("a bad word is empty; leave it out or give it text")
+        if self.bad_words is not None and len(self.bad_words) > 64:
+            raise InvalidRequest(f"{len(self.bad_words)} bad words were given; at most 64 are taken")
+        for token_id, bias in self.logit_bias or ():
+            if not -100.0 <= bias <= 100.0:  # NaN is not between them either
+                raise InvalidRequest(
+                    f"logit_bias of token {token_id} is {bias}; it must be between -100 and 100"
+                )
+        if self.logit_bias is not None and len(self.logit_bias) > 1024:
+            raise InvalidRequest(f"logit_bias names {len(self.logit_bias)} tokens; at most 1024 are taken")
 
     def over(self, defaults: "SamplingParams") -> "SamplingParams":
         """These parameters, with what is not set taken from `defaults`."""
@@ -124,6 +165,31 @@ class Delta(ConversationEvent):
     offset: int
     token_ids: tuple[int, ...]
     text: str
+    kind: ReplyKind = ReplyKind.TEXT
+    logprobs: tuple["TokenLogprobs", ...] = ()  # one per token, if asked for; not kept in the token log
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities after penalties, before temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryRewritten(ConversationEvent):
+    """The chat template renders the past differently from token `first_token` on, for this turn.
+
+    `num_tokens` of the history lie behind it: what STRIP replaces, and what following the template would
+    cost under KEEP.
+    """
+
+    turn_id: TurnId
+    first_token: int
+    num_tokens: int
+    policy: RewritePolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +251,10 @@ class ConversationRecord:
     num_turns: int = 0
     num_tokens: int = 0
     seq_mark: int = 0  # the last seq known to be used
+    tools: tuple[str, ...] = ()  # JSON objects, as chat templates take them
+    on_rewrite: RewritePolicy = RewritePolicy.KEEP
+    parent: ConversationId | None = None  # it was forked from there,
+    forked_at: int = 0  # with so many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +263,9 @@ class OpenRequest:
     system: str | None = None
     sampling: SamplingParams = SamplingParams()  # defaults of the conversation's turns
     labels: dict[str, str] = field(default_factory=dict)
+    history: tuple[Message, ...] = ()  # what was said before, somewhere else
+    tools: tuple[str, ...] = ()  # JSON objects, as chat templates take them
+    on_rewrite: RewritePolicy = RewritePolicy.KEEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +285,56 @@ class TurnRequest:
     token_ids: tuple[int, ...] = ()
     sampling: SamplingParams = SamplingParams()
     timeout_s: float | None = None  # the turn ends with DEADLINE and keeps what it has
+    wants_reply: bool = True  # False: the input joins the history, and nothing is generated
+
+
+@dataclass(frozen=True, slots=True)
+class RegenerateRequest:
+    """Another reply to what turn `replaces` said.  It and all turns behind it give way once this one is
+    committed, not before.
+    """
+
+    turn_id: TurnId  # of the new turn
+    replaces: TurnId | None = None  # None: the last turn
+    sampling: SamplingParams = SamplingParams()
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A place in a committed history: behind so many turns, or behind so many tokens; one of them is set."""
+
+    num_turns: int | None = None
+    num_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForkRequest:
+    """A new conversation with the history of another up to a point.  With an id of the caller's it is safe to
+    repeat.
+    """
+
+    conversation_id: ConversationId
+    new_id: ConversationId | None = None  # None: the server chooses
+    at: Point | None = None  # None: all of it
+    labels: dict[str, str] | None = None  # None: those of the other
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRequest:
+    """What is set replaces what the conversation had."""
+
+    sampling: SamplingParams | None = None
+    labels: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a conversation stands."""
+
+    committed_tokens: int
+    committed_turns: int
+    context_left: int  # tokens that still fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +346,7 @@ class GenerateRequest:
     token_ids: tuple[int, ...] = ()
     sampling: SamplingParams = SamplingParams()
     timeout_s: float | None = None
+    tools: tuple[str, ...] = ()  # JSON objects, as chat templates take them
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,8 +89,10 @@ def drain_grace(message: pb.DrainRequest) -> float | None:
 def sampling_params(message: pb.Sampling) -> SamplingParams:
     """Fields have the same names on both sides; an empty list means not set."""
     given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
-    for name in given.keys() & {"stop", "stop_token_ids"}:
+    for name in given.keys() & {"stop", "stop_token_ids", "bad_words"}:
         given[name] = tuple(given[name])
+    if "logit_bias" in given:
+        given["logit_bias"] = tuple(sorted(given["logit_bias"].items()))
     return SamplingParams(**given)
 
 
@@ -208,7 +210,10 @@ def _messages(message: pb.Messages) -> tuple[Message, ...]:
 
 
 def _sampling(params: SamplingParams) -> pb.Sampling:
-    return pb.Sampling(**{name: value for name, value in asdict(params).items() if value is not None})
+    given = {name: value for name, value in asdict(params).items() if value is not None}
+    if "logit_bias" in given:
+        given["logit_bias"] = dict(given["logit_bias"])
+    return pb.Sampling(**given)
 
 
 def _turn_accepted(event: TurnAccepted) -> pb.TurnAccepted:

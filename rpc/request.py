@@ -24,6 +24,13 @@ class Sampling(TypedDict, total=False):
     stop: list[str]
     stop_token_ids: list[int]
     ignore_eos: bool
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: dict[int, float]
+    logprobs: int
+    include_stop: bool
+    bad_words: list[str]
 
 
 def set_input(

@@ -7,6 +7,17 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class RewritePolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REWRITE_POLICY_KEEP: _ClassVar[RewritePolicy]
+    REWRITE_POLICY_STRIP: _ClassVar[RewritePolicy]
+
+class ReplyKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPLY_KIND_TEXT: _ClassVar[ReplyKind]
+    REPLY_KIND_REASONING: _ClassVar[ReplyKind]
+    REPLY_KIND_TOOL_CALL: _ClassVar[ReplyKind]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -16,6 +27,12 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_CONTEXT_FULL: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_DEADLINE: _ClassVar[FinishReason]
+    FINISH_REASON_APPENDED: _ClassVar[FinishReason]
+REWRITE_POLICY_KEEP: RewritePolicy
+REWRITE_POLICY_STRIP: RewritePolicy
+REPLY_KIND_TEXT: ReplyKind
+REPLY_KIND_REASONING: ReplyKind
+REPLY_KIND_TOOL_CALL: ReplyKind
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP_TOKEN: FinishReason
 FINISH_REASON_STOP_STRING: FinishReason
@@ -23,25 +40,34 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_CONTEXT_FULL: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_DEADLINE: FinishReason
+FINISH_REASON_APPENDED: FinishReason
 
 class ClientEvent(_message.Message):
-    __slots__ = ("client_seq", "open", "resume", "turn", "cancel", "close")
+    __slots__ = ("client_seq", "open", "resume", "turn", "cancel", "close", "append", "regenerate", "rewind", "update")
     CLIENT_SEQ_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
+    APPEND_FIELD_NUMBER: _ClassVar[int]
+    REGENERATE_FIELD_NUMBER: _ClassVar[int]
+    REWIND_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_FIELD_NUMBER: _ClassVar[int]
     client_seq: int
     open: Open
     resume: Resume
     turn: Turn
     cancel: Cancel
     close: Close
-    def __init__(self, client_seq: _Optional[int] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., turn: _Optional[_Union[Turn, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
+    append: Append
+    regenerate: Regenerate
+    rewind: Rewind
+    update: Update
+    def __init__(self, client_seq: _Optional[int] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., turn: _Optional[_Union[Turn, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., append: _Optional[_Union[Append, _Mapping]] = ..., regenerate: _Optional[_Union[Regenerate, _Mapping]] = ..., rewind: _Optional[_Union[Rewind, _Mapping]] = ..., update: _Optional[_Union[Update, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("conversation_id", "system", "sampling", "labels")
+    __slots__ = ("conversation_id", "system", "sampling", "labels", "history", "tools", "on_rewrite")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -53,11 +79,17 @@ class Open(_message.Message):
     SYSTEM_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    TOOLS_FIELD_NUMBER: _ClassVar[int]
+    ON_REWRITE_FIELD_NUMBER: _ClassVar[int]
     conversation_id: str
     system: str
     sampling: Sampling
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, conversation_id: _Optional[str] = ..., system: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    history: Messages
+    tools: _containers.RepeatedScalarFieldContainer[str]
+    on_rewrite: RewritePolicy
+    def __init__(self, conversation_id: _Optional[str] = ..., system: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., history: _Optional[_Union[Messages, _Mapping]] = ..., tools: _Optional[_Iterable[str]] = ..., on_rewrite: _Optional[_Union[RewritePolicy, str]] = ...) -> None: ...
 
 class Resume(_message.Message):
     __slots__ = ("conversation_id", "resume_token", "after_seq", "expect_committed_tokens")
@@ -95,6 +127,59 @@ class Cancel(_message.Message):
     discard: bool
     def __init__(self, turn_id: _Optional[str] = ..., discard: bool = ...) -> None: ...
 
+class Append(_message.Message):
+    __slots__ = ("turn_id", "text", "messages", "token_ids")
+    TURN_ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    turn_id: str
+    text: str
+    messages: Messages
+    token_ids: TokenIds
+    def __init__(self, turn_id: _Optional[str] = ..., text: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ...) -> None: ...
+
+class Regenerate(_message.Message):
+    __slots__ = ("turn_id", "replaces", "sampling", "timeout_s")
+    TURN_ID_FIELD_NUMBER: _ClassVar[int]
+    REPLACES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    turn_id: str
+    replaces: str
+    sampling: Sampling
+    timeout_s: float
+    def __init__(self, turn_id: _Optional[str] = ..., replaces: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class Rewind(_message.Message):
+    __slots__ = ("turns", "tokens")
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    turns: int
+    tokens: int
+    def __init__(self, turns: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class Update(_message.Message):
+    __slots__ = ("sampling", "labels")
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    sampling: Sampling
+    labels: Labels
+    def __init__(self, sampling: _Optional[_Union[Sampling, _Mapping]] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ...) -> None: ...
+
+class Labels(_message.Message):
+    __slots__ = ("labels",)
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
 class Close(_message.Message):
     __slots__ = ("delete",)
     DELETE_FIELD_NUMBER: _ClassVar[int]
@@ -102,7 +187,14 @@ class Close(_message.Message):
     def __init__(self, delete: bool = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "logprobs", "include_stop", "bad_words")
+    class LogitBiasEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: float
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[float] = ...) -> None: ...
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +205,13 @@ class Sampling(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_STOP_FIELD_NUMBER: _ClassVar[int]
+    BAD_WORDS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -123,15 +222,28 @@ class Sampling(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     ignore_eos: bool
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ...) -> None: ...
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: _containers.ScalarMap[int, float]
+    logprobs: int
+    include_stop: bool
+    bad_words: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., logprobs: _Optional[int] = ..., include_stop: bool = ..., bad_words: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Message(_message.Message):
-    __slots__ = ("role", "content")
+    __slots__ = ("role", "content", "name", "tool_call_id", "tool_calls")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TOOL_CALL_ID_FIELD_NUMBER: _ClassVar[int]
+    TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
     role: str
     content: str
-    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+    name: str
+    tool_call_id: str
+    tool_calls: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ..., name: _Optional[str] = ..., tool_call_id: _Optional[str] = ..., tool_calls: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Messages(_message.Message):
     __slots__ = ("messages",)
@@ -146,7 +258,7 @@ class TokenIds(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ServerEvent(_message.Message):
-    __slots__ = ("seq", "opened", "resumed", "turn_accepted", "delta", "turn_done", "turn_failed", "error", "draining", "closed")
+    __slots__ = ("seq", "opened", "resumed", "turn_accepted", "delta", "turn_done", "turn_failed", "error", "draining", "closed", "rewound", "updated", "history_rewritten")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +269,9 @@ class ServerEvent(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
+    REWOUND_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_REWRITTEN_FIELD_NUMBER: _ClassVar[int]
     seq: int
     opened: Attached
     resumed: Attached
@@ -167,7 +282,10 @@ class ServerEvent(_message.Message):
     error: Error
     draining: Draining
     closed: Closed
-    def __init__(self, seq: _Optional[int] = ..., opened: _Optional[_Union[Attached, _Mapping]] = ..., resumed: _Optional[_Union[Attached, _Mapping]] = ..., turn_accepted: _Optional[_Union[TurnAccepted, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., turn_done: _Optional[_Union[TurnDone, _Mapping]] = ..., turn_failed: _Optional[_Union[TurnFailed, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ...) -> None: ...
+    rewound: Rewound
+    updated: Updated
+    history_rewritten: HistoryRewritten
+    def __init__(self, seq: _Optional[int] = ..., opened: _Optional[_Union[Attached, _Mapping]] = ..., resumed: _Optional[_Union[Attached, _Mapping]] = ..., turn_accepted: _Optional[_Union[TurnAccepted, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., turn_done: _Optional[_Union[TurnDone, _Mapping]] = ..., turn_failed: _Optional[_Union[TurnFailed, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., updated: _Optional[_Union[Updated, _Mapping]] = ..., history_rewritten: _Optional[_Union[HistoryRewritten, _Mapping]] = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("conversation_id", "resume_token", "committed_tokens", "committed_turns", "context_left", "last_seq")
@@ -196,16 +314,68 @@ class TurnAccepted(_message.Message):
     def __init__(self, turn_id: _Optional[str] = ..., queue_position: _Optional[int] = ..., restarted: bool = ...) -> None: ...
 
 class Delta(_message.Message):
-    __slots__ = ("turn_id", "offset", "token_ids", "text")
+    __slots__ = ("turn_id", "offset", "token_ids", "text", "kind", "logprobs")
     TURN_ID_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     turn_id: str
     offset: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     text: str
-    def __init__(self, turn_id: _Optional[str] = ..., offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ...) -> None: ...
+    kind: ReplyKind
+    logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
+    def __init__(self, turn_id: _Optional[str] = ..., offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., text: _Optional[str] = ..., kind: _Optional[_Union[ReplyKind, str]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
+
+class TokenLogprobs(_message.Message):
+    __slots__ = ("token_id", "logprob", "top")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    top: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
+
+class TokenLogprob(_message.Message):
+    __slots__ = ("token_id", "logprob")
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    token_id: int
+    logprob: float
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
+
+class Rewound(_message.Message):
+    __slots__ = ("client_seq", "committed_tokens", "committed_turns", "context_left")
+    CLIENT_SEQ_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_TURNS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LEFT_FIELD_NUMBER: _ClassVar[int]
+    client_seq: int
+    committed_tokens: int
+    committed_turns: int
+    context_left: int
+    def __init__(self, client_seq: _Optional[int] = ..., committed_tokens: _Optional[int] = ..., committed_turns: _Optional[int] = ..., context_left: _Optional[int] = ...) -> None: ...
+
+class Updated(_message.Message):
+    __slots__ = ("client_seq",)
+    CLIENT_SEQ_FIELD_NUMBER: _ClassVar[int]
+    client_seq: int
+    def __init__(self, client_seq: _Optional[int] = ...) -> None: ...
+
+class HistoryRewritten(_message.Message):
+    __slots__ = ("turn_id", "first_token", "num_tokens", "policy")
+    TURN_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    turn_id: str
+    first_token: int
+    num_tokens: int
+    policy: RewritePolicy
+    def __init__(self, turn_id: _Optional[str] = ..., first_token: _Optional[int] = ..., num_tokens: _Optional[int] = ..., policy: _Optional[_Union[RewritePolicy, str]] = ...) -> None: ...
 
 class TurnDone(_message.Message):
     __slots__ = ("turn_id", "finish_reason", "matched_stop", "usage", "timing", "context_left", "committed_tokens", "history_rewritten")
@@ -292,7 +462,7 @@ class Timing(_message.Message):
     def __init__(self, queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
 
 class Conversation(_message.Message):
-    __slots__ = ("conversation_id", "system", "sampling", "labels", "created_at", "updated_at", "num_turns", "num_tokens", "fingerprint")
+    __slots__ = ("conversation_id", "system", "sampling", "labels", "created_at", "updated_at", "num_turns", "num_tokens", "fingerprint", "tools", "on_rewrite", "parent_id", "forked_at")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -309,6 +479,10 @@ class Conversation(_message.Message):
     NUM_TURNS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TOOLS_FIELD_NUMBER: _ClassVar[int]
+    ON_REWRITE_FIELD_NUMBER: _ClassVar[int]
+    PARENT_ID_FIELD_NUMBER: _ClassVar[int]
+    FORKED_AT_FIELD_NUMBER: _ClassVar[int]
     conversation_id: str
     system: str
     sampling: Sampling
@@ -318,7 +492,11 @@ class Conversation(_message.Message):
     num_turns: int
     num_tokens: int
     fingerprint: str
-    def __init__(self, conversation_id: _Optional[str] = ..., system: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., created_at: _Optional[float] = ..., updated_at: _Optional[float] = ..., num_turns: _Optional[int] = ..., num_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    tools: _containers.RepeatedScalarFieldContainer[str]
+    on_rewrite: RewritePolicy
+    parent_id: str
+    forked_at: int
+    def __init__(self, conversation_id: _Optional[str] = ..., system: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., created_at: _Optional[float] = ..., updated_at: _Optional[float] = ..., num_turns: _Optional[int] = ..., num_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ..., tools: _Optional[_Iterable[str]] = ..., on_rewrite: _Optional[_Union[RewritePolicy, str]] = ..., parent_id: _Optional[str] = ..., forked_at: _Optional[int] = ...) -> None: ...
 
 class CommittedTurn(_message.Message):
     __slots__ = ("turn_id", "number", "first_token", "messages", "prompt_token_ids", "reply", "reply_token_ids", "finish_reason", "matched_stop", "usage", "timing", "created_at", "history_rewritten")
@@ -395,6 +573,26 @@ class ListResponse(_message.Message):
     next_page_token: str
     def __init__(self, conversations: _Optional[_Iterable[_Union[Conversation, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
+class ForkRequest(_message.Message):
+    __slots__ = ("conversation_id", "new_conversation_id", "turns", "tokens", "labels")
+    CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]
+    NEW_CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]
+    TURNS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    conversation_id: str
+    new_conversation_id: str
+    turns: int
+    tokens: int
+    labels: Labels
+    def __init__(self, conversation_id: _Optional[str] = ..., new_conversation_id: _Optional[str] = ..., turns: _Optional[int] = ..., tokens: _Optional[int] = ..., labels: _Optional[_Union[Labels, _Mapping]] = ...) -> None: ...
+
+class ForkResponse(_message.Message):
+    __slots__ = ("conversation",)
+    CONVERSATION_FIELD_NUMBER: _ClassVar[int]
+    conversation: Conversation
+    def __init__(self, conversation: _Optional[_Union[Conversation, _Mapping]] = ...) -> None: ...
+
 class DeleteRequest(_message.Message):
     __slots__ = ("conversation_id",)
     CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -406,16 +604,18 @@ class DeleteResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "messages", "token_ids", "sampling")
+    __slots__ = ("text", "messages", "token_ids", "sampling", "tools")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TOOLS_FIELD_NUMBER: _ClassVar[int]
     text: str
     messages: Messages
     token_ids: TokenIds
     sampling: Sampling
-    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    tools: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, text: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., tools: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
     __slots__ = ("accepted", "delta", "done")

@@ -50,6 +50,11 @@ class ConversationsStub(object):
                 request_serializer=rpc_dot___generated_dot_continuo__pb2.ListRequest.SerializeToString,
                 response_deserializer=rpc_dot___generated_dot_continuo__pb2.ListResponse.FromString,
                 _registered_method=True)
+        self.Fork = channel.unary_unary(
+                '/continuo.v1.Conversations/Fork',
+                request_serializer=rpc_dot___generated_dot_continuo__pb2.ForkRequest.SerializeToString,
+                response_deserializer=rpc_dot___generated_dot_continuo__pb2.ForkResponse.FromString,
+                _registered_method=True)
         self.Delete = channel.unary_unary(
                 '/continuo.v1.Conversations/Delete',
                 request_serializer=rpc_dot___generated_dot_continuo__pb2.DeleteRequest.SerializeToString,
@@ -84,6 +89,14 @@ class ConversationsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fork(self, request, context):
+        """A new conversation with the history of another up to a point.  Nothing is computed again but the last, not full
+        block of KV; the two go on independently.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Delete(self, request, context):
         """Erases a conversation and all its content.
         """
@@ -108,6 +121,11 @@ def add_ConversationsServicer_to_server(servicer, server):
                     servicer.List,
                     request_deserializer=rpc_dot___generated_dot_continuo__pb2.ListRequest.FromString,
                     response_serializer=rpc_dot___generated_dot_continuo__pb2.ListResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=rpc_dot___generated_dot_continuo__pb2.ForkRequest.FromString,
+                    response_serializer=rpc_dot___generated_dot_continuo__pb2.ForkResponse.SerializeToString,
             ),
             'Delete': grpc.unary_unary_rpc_method_handler(
                     servicer.Delete,
@@ -197,6 +215,33 @@ class Conversations(object):
             '/continuo.v1.Conversations/List',
             rpc_dot___generated_dot_continuo__pb2.ListRequest.SerializeToString,
             rpc_dot___generated_dot_continuo__pb2.ListResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/continuo.v1.Conversations/Fork',
+            rpc_dot___generated_dot_continuo__pb2.ForkRequest.SerializeToString,
+            rpc_dot___generated_dot_continuo__pb2.ForkResponse.FromString,
             options,
             channel_credentials,
             insecure,
