@@ -695,6 +695,115 @@ class Limits(_message.Message):
     max_message_bytes: int
     def __init__(self, context_tokens: _Optional[int] = ..., max_concurrent: _Optional[int] = ..., max_queue: _Optional[int] = ..., max_message_bytes: _Optional[int] = ...) -> None: ...
 
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("uptime_s", "running_turns", "waiting_turns", "conversations", "device", "accepted_turns", "finished_turns", "failed_turns", "refused_turns", "reattached_streams", "prompt_tokens", "cached_device_tokens", "recomputed_tokens", "new_tokens", "completion_tokens", "computed_tokens", "steps", "step_s", "evicted_blocks", "queue_s", "ttft_s", "inter_token_s", "total_s")
+    class FinishedTurnsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class FailedTurnsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class RefusedTurnsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_TURNS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TURNS_FIELD_NUMBER: _ClassVar[int]
+    CONVERSATIONS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TURNS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_TURNS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_TURNS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_TURNS_FIELD_NUMBER: _ClassVar[int]
+    REATTACHED_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    INTER_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    uptime_s: float
+    running_turns: int
+    waiting_turns: int
+    conversations: ConversationCounts
+    device: Tier
+    accepted_turns: int
+    finished_turns: _containers.ScalarMap[str, int]
+    failed_turns: _containers.ScalarMap[str, int]
+    refused_turns: _containers.ScalarMap[str, int]
+    reattached_streams: int
+    prompt_tokens: int
+    cached_device_tokens: int
+    recomputed_tokens: int
+    new_tokens: int
+    completion_tokens: int
+    computed_tokens: int
+    steps: int
+    step_s: float
+    evicted_blocks: int
+    queue_s: Histogram
+    ttft_s: Histogram
+    inter_token_s: Histogram
+    total_s: Histogram
+    def __init__(self, uptime_s: _Optional[float] = ..., running_turns: _Optional[int] = ..., waiting_turns: _Optional[int] = ..., conversations: _Optional[_Union[ConversationCounts, _Mapping]] = ..., device: _Optional[_Union[Tier, _Mapping]] = ..., accepted_turns: _Optional[int] = ..., finished_turns: _Optional[_Mapping[str, int]] = ..., failed_turns: _Optional[_Mapping[str, int]] = ..., refused_turns: _Optional[_Mapping[str, int]] = ..., reattached_streams: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., evicted_blocks: _Optional[int] = ..., queue_s: _Optional[_Union[Histogram, _Mapping]] = ..., ttft_s: _Optional[_Union[Histogram, _Mapping]] = ..., inter_token_s: _Optional[_Union[Histogram, _Mapping]] = ..., total_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+
+class ConversationCounts(_message.Message):
+    __slots__ = ("running", "waiting", "attached", "idle")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    IDLE_FIELD_NUMBER: _ClassVar[int]
+    running: int
+    waiting: int
+    attached: int
+    idle: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., attached: _Optional[int] = ..., idle: _Optional[int] = ...) -> None: ...
+
+class Tier(_message.Message):
+    __slots__ = ("total_tokens", "in_use_tokens", "idle_tokens", "free_tokens")
+    TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IN_USE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    total_tokens: int
+    in_use_tokens: int
+    idle_tokens: int
+    free_tokens: int
+    def __init__(self, total_tokens: _Optional[int] = ..., in_use_tokens: _Optional[int] = ..., idle_tokens: _Optional[int] = ..., free_tokens: _Optional[int] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("bounds", "counts", "sum")
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum: float
+    def __init__(self, bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum: _Optional[float] = ...) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ("grace_s",)
     GRACE_S_FIELD_NUMBER: _ClassVar[int]

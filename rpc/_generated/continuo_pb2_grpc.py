@@ -310,6 +310,11 @@ class EngineStub(object):
                 request_serializer=rpc_dot___generated_dot_continuo__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=rpc_dot___generated_dot_continuo__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/continuo.v1.Engine/GetLoad',
+                request_serializer=rpc_dot___generated_dot_continuo__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=rpc_dot___generated_dot_continuo__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/continuo.v1.Engine/Drain',
                 request_serializer=rpc_dot___generated_dot_continuo__pb2.DrainRequest.SerializeToString,
@@ -346,6 +351,14 @@ class EngineServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLoad(self, request, context):
+        """What the server does now, and what it has done since it started: counts of everybody's work, content of nobody's.
+        Needs `admin`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Begins to shut the server down, as SIGTERM does: no new turn is taken, running ones may end.  Needs `admin`.
         """
@@ -375,6 +388,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=rpc_dot___generated_dot_continuo__pb2.GetModelInfoRequest.FromString,
                     response_serializer=rpc_dot___generated_dot_continuo__pb2.GetModelInfoResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=rpc_dot___generated_dot_continuo__pb2.GetLoadRequest.FromString,
+                    response_serializer=rpc_dot___generated_dot_continuo__pb2.GetLoadResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -491,6 +509,33 @@ class Engine(object):
             '/continuo.v1.Engine/GetModelInfo',
             rpc_dot___generated_dot_continuo__pb2.GetModelInfoRequest.SerializeToString,
             rpc_dot___generated_dot_continuo__pb2.GetModelInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/continuo.v1.Engine/GetLoad',
+            rpc_dot___generated_dot_continuo__pb2.GetLoadRequest.SerializeToString,
+            rpc_dot___generated_dot_continuo__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,
