@@ -4,9 +4,10 @@ A batch is a list of segments.  Decoding is a segment of length 1; a chunk of a 
 prefix are longer ones; nothing else distinguishes them.
 """
 
+from array import array
 from dataclasses import dataclass, field
 
-from engine.types import SamplingParams
+from engine.types import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,19 @@ class RowParams:
     seed: int
     position: int  # absolute position of the token being chosen
     num_generated: int  # tokens of the reply before it
+    history: "array[int] | None" = None  # all `position` tokens before it, if `needs_history`; never written
+    num_prompt: int = 0  # so many of `history` come before the reply
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()  # the reply may hold none of these
+
+
+def needs_history(sampling: SamplingParams) -> bool:
+    """Whether choosing a token takes more than logits: the tokens before it."""
+    return bool(
+        sampling.presence_penalty
+        or sampling.frequency_penalty
+        or (sampling.repetition_penalty or 1.0) != 1.0
+        or sampling.bad_words
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +71,4 @@ class StepResult:
 
     sampled: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # of the rows that asked for them
