@@ -6,24 +6,12 @@ that loads is computed exactly as its makers meant it.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from engine.errors import InvalidRequest, ModelFolderError
+from engine.models.families import ARCHITECTURES, Architecture, family_of
 from engine.models.fields import Fields
+from engine.models.layer_attention import LayerAttention, read_layers
 from engine.types import SamplingParams
-
-Architecture = Literal["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
-_SUPPORTED: tuple[Architecture, ...] = get_args(Architecture)
-
-
-@dataclass(frozen=True, slots=True)
-class Llama3Scaling:
-    """RoPE of Llama 3.1: slow rotations are slowed further by `factor`, fast ones kept, others blended."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +22,12 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     ffn_size: int
-    num_layers: int
+    layers: tuple[LayerAttention, ...]
     num_heads: int  # H
     num_kv_heads: int  # G, a divisor of H
     head_dim: int  # D
     norm_eps: float
     max_positions: int
-    rope_theta: float
-    rope_scaling: Llama3Scaling | None
     qkv_bias: bool
     attention_out_bias: bool
     mlp_bias: bool
@@ -49,6 +35,10 @@ class ModelConfig:
     tied_embeddings: bool  # the head's weight is the embedding
     eos_ids: frozenset[int]  # any of them ends a reply
     sampling: SamplingParams  # the makers' defaults; what they leave open is None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @classmethod
     def from_dir(cls, folder: Path) -> "ModelConfig":
@@ -61,7 +51,8 @@ class ModelConfig:
         architecture = _architecture(fields)
         _refuse_unsupported(fields)
         hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-        attention_bias = fields.flag("attention_bias") and architecture != "Qwen2ForCausalLM"
+        family = family_of(architecture)
+        attention_bias = family.reads_attention_bias and fields.flag("attention_bias")
         generation = folder / "generation_config.json"
         defaults = Fields.read(generation) if generation.exists() else Fields(generation, {})
         config = cls(
@@ -69,19 +60,17 @@ class ModelConfig:
             vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden_size,
             ffn_size=fields.integer("intermediate_size"),
-            num_layers=fields.integer("num_hidden_layers"),
+            layers=read_layers(fields, family),
             num_heads=num_heads,
             num_kv_heads=fields.integer("num_key_value_heads", num_heads),
-            head_dim=fields.integer("head_dim", _default_head_dim(architecture, hidden_size, num_heads)),
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            head_dim=fields.integer("head_dim", family.head_dim or hidden_size // num_heads),
+            norm_eps=fields.number("rms_norm_eps", family.norm_eps),
             max_positions=fields.integer("max_position_embeddings"),
-            rope_theta=_rope_theta(fields),
-            rope_scaling=_rope_scaling(fields),
-            qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
+            qkv_bias=family.qkv_bias or attention_bias,
             attention_out_bias=attention_bias,
-            mlp_bias=fields.flag("mlp_bias") and architecture == "LlamaForCausalLM",
-            qk_norm=architecture == "Qwen3ForCausalLM",
-            tied_embeddings=fields.flag("tie_word_embeddings"),
+            mlp_bias=family.reads_mlp_bias and fields.flag("mlp_bias"),
+            qk_norm=family.qk_norm,
+            tied_embeddings=fields.flag("tie_word_embeddings", family.tied_embeddings),
             eos_ids=fields.ids("eos_token_id") | defaults.ids("eos_token_id"),
             sampling=_sampling(defaults),
         )
@@ -97,11 +86,11 @@ def _architecture(fields: Fields) -> Architecture:
     named = fields.value("architectures")
     if not (isinstance(named, list) and len(named) == 1):
         raise fields.wrong("architectures", "a list of one name")
-    for architecture in _SUPPORTED:
+    for architecture in ARCHITECTURES:
         if architecture == named[0]:
             return architecture
     raise ModelFolderError(
-        f"{fields.path}: architecture {named[0]} is not supported; supported are {', '.join(_SUPPORTED)}"
+        f"{fields.path}: architecture {named[0]} is not supported; supported are {', '.join(ARCHITECTURES)}"
     )
 
 
@@ -114,44 +103,6 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise ModelFolderError(
             f"{fields.path}: hidden_act {fields.value('hidden_act')} is not supported; only silu is"
         )
-    layer_types = fields.value("layer_types")
-    if layer_types is None:
-        first_windowed = fields.integer("max_window_layers", 0, at_least=0)
-        windowed = fields.flag("use_sliding_window") and first_windowed < fields.integer("num_hidden_layers")
-    else:
-        windowed = layer_types != ["full_attention"] * fields.integer("num_hidden_layers")
-    if windowed:
-        raise ModelFolderError(
-            f"{fields.path}: some layers attend only a window (use_sliding_window, layer_types); "
-            f"only full attention is supported"
-        )
-
-
-def _default_head_dim(architecture: Architecture, hidden_size: int, num_heads: int) -> int:
-    return 128 if architecture == "Qwen3ForCausalLM" else hidden_size // num_heads
-
-
-def _rope_theta(fields: Fields) -> float:
-    return fields.group("rope_parameters").number("rope_theta", fields.number("rope_theta", 10000.0))
-
-
-def _rope_scaling(fields: Fields) -> Llama3Scaling | None:
-    """From `rope_scaling`, or from `rope_parameters`, where transformers 5 keeps it together with theta."""
-    rope = fields.group("rope_parameters" if fields.value("rope_parameters") else "rope_scaling")
-    kind = rope.value("rope_type") or rope.value("type") or "default"
-    for holder in (fields, rope):
-        if holder.number("partial_rotary_factor", 1.0) != 1.0:
-            raise holder.wrong("partial_rotary_factor", "1.0: partly rotated heads are not supported")
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ModelFolderError(
-            f"{fields.path}: RoPE type {kind!r} is not supported; supported are 'default' and 'llama3'"
-        )
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if low >= high:
-        raise rope.wrong("low_freq_factor", f"less than high_freq_factor, {high:g}")
-    return Llama3Scaling(rope.number("factor"), low, high, rope.integer("original_max_position_embeddings"))
 
 
 def _sampling(defaults: Fields) -> SamplingParams:

@@ -1,7 +1,8 @@
-"""The decoder of the Llama and Qwen families: token ids of a ragged step in, logits of chosen rows out.
+"""The decoder of most families: token ids of a ragged step in, logits of chosen rows out.
 
-One program for all of them; what differs is data (a bias or none, q/k norms or none).  Nothing here knows of
-conversations, blocks or phases: the caller owns the paged KV and says in `AttnMeta` where each row stands.
+One program for all of them; what differs is data (biases, q/k norms, windows, or none of them).  Nothing here
+knows of conversations, blocks or phases: the caller owns the paged KV and says in `AttnMeta` where each
+row stands.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
-from engine.models.rope import RopeTable, inverse_frequencies
+from engine.models.rope import RopeTable
 from kernels.linear import PackedLinear
 from kernels.paged_attention import AttnMeta, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -49,8 +50,9 @@ class Decoder:
         self._embedding, self._layers, self._head = embedding, tuple(layers), head
         # The norm behind each layer's residual addition belongs to the next one.
         self._next_norms = (*(layer.attention_norm for layer in self._layers[1:]), final_norm)
-        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        self._rope = RopeTable(frequencies, config.max_positions)
+        ropes = {attention.rope for attention in config.layers}
+        tables = {rope: RopeTable(config.head_dim, rope, config.max_positions) for rope in ropes}
+        self._attention = [(tables[attention.rope], attention.window) for attention in config.layers]
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._scale = config.head_dim**-0.5
 
@@ -62,11 +64,12 @@ class Decoder:
         are written before its attention, so segments of one conversation may attend to each other.
         """
         eps, last = self.config.norm_eps, self._layers[-1]
-        cos_sin = self._rope.upto(int(meta.positions.max()) + 1)
+        num_positions = int(meta.positions.max()) + 1
         residual = self._embedding.index_select(0, ids).to(self.dtype)
         x = rms_norm(residual, self._layers[0].attention_norm, eps)
-        for layer, layer_kv, next_norm in zip(self._layers, kv, self._next_norms, strict=True):
-            x = self._attend(layer, x, layer_kv, meta, cos_sin)
+        layers = zip(self._layers, self._attention, kv, self._next_norms, strict=True)
+        for layer, (rope, window), layer_kv, next_norm in layers:
+            x = self._attend(layer, x, layer_kv, meta, rope.upto(num_positions), window)
             if layer is last:  # the other rows have left their K and V; nothing else of them is needed
                 x, residual = x.index_select(0, rows), residual.index_select(0, rows)
             x, residual = add_rms_norm(layer.attention_out(x), residual, layer.mlp_norm, eps)
@@ -74,7 +77,9 @@ class Decoder:
             x, residual = add_rms_norm(x, residual, next_norm, eps)
         return self._head(x).float()
 
-    def _attend(self, layer: Layer, x: Tensor, kv: Tensor, meta: AttnMeta, cos_sin: Tensor) -> Tensor:
+    def _attend(
+        self, layer: Layer, x: Tensor, kv: Tensor, meta: AttnMeta, cos_sin: Tensor, window: int | None
+    ) -> Tensor:
         """x: [T, N] -> [T, H * D]."""
         heads = layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)
         q, k, v = heads.split_with_sizes(self._heads, dim=1)  # half the cost of torch.split
@@ -82,5 +87,5 @@ class Decoder:
             q = rms_norm(q, layer.q_norm, self.config.norm_eps)
             k = rms_norm(k, layer.k_norm, self.config.norm_eps)
         q = rope_kv_write(q, k, v, cos_sin, kv, meta)
-        out, _ = paged_attention(q, kv, meta, self._scale)
+        out, _ = paged_attention(q, kv, meta, self._scale, window)
         return out.view(x.shape[0], -1)

@@ -35,6 +35,10 @@ class Fields:
         """As it stands; None if absent."""
         return self._values.get(key)
 
+    def has(self, key: str) -> bool:
+        """Whether the key is there, be it as a null."""
+        return key in self._values
+
     def integer(self, key: str, default: int | None = None, at_least: int = 1) -> int:
         value = self._present(key, default)
         if type(value) is not int or value < at_least:

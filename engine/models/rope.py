@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import InvariantError
-from engine.models.config import Llama3Scaling
+from engine.models.layer_attention import Rope
+from engine.models.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 
 _FIRST_POSITIONS = 4096  # 1 MiB at D = 64; doubled on demand, so that unused context costs nothing
 
@@ -14,8 +15,9 @@ _FIRST_POSITIONS = 4096  # 1 MiB at D = 64; doubled on demand, so that unused co
 class RopeTable:
     """`upto(n)` gives [M, D] fp32 with M >= n: for each position D/2 cosines, then D/2 sines."""
 
-    def __init__(self, frequencies: Tensor, max_positions: int) -> None:
-        self._frequencies, self._max_positions = frequencies, max_positions  # [D/2] fp32
+    def __init__(self, head_dim: int, rope: Rope, max_positions: int) -> None:
+        self._frequencies, self._max_positions = inverse_frequencies(head_dim, rope), max_positions
+        self._factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
         self._table = self._compute(0, min(_FIRST_POSITIONS, max_positions))
 
     def upto(self, num_positions: int) -> Tensor:
@@ -30,15 +32,35 @@ class RopeTable:
 
     def _compute(self, begin: int, end: int) -> Tensor:
         angles = torch.arange(begin, end, dtype=torch.float32)[:, None] * self._frequencies
-        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+        return torch.cat((angles.cos(), angles.sin()), dim=-1) * self._factor
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None) -> Tensor:
+def inverse_frequencies(head_dim: int, rope: Rope) -> Tensor:
     """[D/2] fp32, radians per position."""
-    plain = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-    if scaling is None:
-        return plain
-    # How often a pair turns within the original context decides: rarely = slowed, often = kept.
-    turns = scaling.original_max_positions * plain / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    plain = 1.0 / (rope.theta**exponents)
+    match rope.scaling:
+        case None:
+            return plain
+        case LinearScaling(factor):
+            return plain / factor
+        case Llama3Scaling() as scaling:
+            # How often a pair turns within the original context decides: rarely = slowed, often = kept.
+            turns = scaling.original_max_positions * plain / (2 * math.pi)
+            kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        case YarnScaling() as scaling:
+            first, last = (
+                _pair_turning(turns, scaling, head_dim, rope.theta)
+                for turns in (scaling.beta_fast, scaling.beta_slow)
+            )
+            if scaling.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, head_dim - 1)
+            width = last - first or 0.001  # of no width, the blend is a step
+            kept = 1 - (torch.arange(head_dim // 2, dtype=torch.float32) - first) / width
     return torch.lerp(plain / scaling.factor, plain, kept.clamp(0.0, 1.0))
+
+
+def _pair_turning(turns: float, scaling: YarnScaling, head_dim: int, theta: float) -> float:
+    """The index, not a whole number, of the pair that turns so often within the original context."""
+    return head_dim * math.log(scaling.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))

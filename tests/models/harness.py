@@ -5,15 +5,18 @@ nobody wrote, or to another conversation's, cannot go unnoticed.
 """
 
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -62,13 +65,48 @@ def _qwen3() -> PreTrainedModel:
     return Qwen3ForCausalLM(Qwen3Config(**_SIZES, **heads, rope_parameters=rope))
 
 
-FAMILIES = {"llama2": _llama2, "llama3": _llama3, "qwen2": _qwen2, "qwen3": _qwen3}
+def _mistral() -> PreTrainedModel:
+    """Every layer sees a window, which is no multiple of a block and shorter than most prompts."""
+    heads = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    return MistralForCausalLM(MistralConfig(**_SIZES, **heads, sliding_window=41))
+
+
+def _qwen2_windowed() -> PreTrainedModel:
+    """Windows from the second layer on."""
+    heads = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}
+    windows = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}
+    return Qwen2ForCausalLM(Qwen2Config(**_SIZES, **heads, **windows))
+
+
+def _scaled(**scaling: Any) -> Callable[[], PreTrainedModel]:
+    """A Llama whose RoPE is stretched from 128 positions."""
+
+    def build() -> PreTrainedModel:
+        heads = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        rope = {"rope_theta": 10000.0, **scaling}
+        return LlamaForCausalLM(LlamaConfig(**_SIZES, **heads, rope_parameters=rope))
+
+    return build
+
+
+FAMILIES = {
+    "llama2": _llama2,
+    "llama3": _llama3,
+    "llama linear": _scaled(rope_type="linear", factor=4.0),
+    "llama dynamic": _scaled(rope_type="dynamic", factor=4.0),
+    "llama yarn": _scaled(rope_type="yarn", factor=8.0, original_max_position_embeddings=128),
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen2 windowed": _qwen2_windowed,
+    "qwen3": _qwen3,
+}
 
 
 def tiny_checkpoint(family: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Saves a random model and returns it.  Spread widely: biases and norms matter, choices are clear."""
     torch.manual_seed(7)
     model = FAMILIES[family]().eval()
+    model.set_attn_implementation("eager")
     for name, parameter in model.named_parameters():
         centre = 1.0 if "norm" in name else 0.0
         torch.nn.init.normal_(parameter.data, centre, 0.15 if parameter.ndim == 2 else 0.3)

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from engine.errors import ModelFolderError
-from engine.models.config import Llama3Scaling, ModelConfig
+from engine.models.config import ModelConfig
+from engine.models.layer_attention import LayerAttention, Rope
+from engine.models.rope_scaling import LinearScaling, Llama3Scaling, Scaling, YarnScaling
 from engine.types import SamplingParams
 
 SIZES = {
@@ -41,20 +43,26 @@ def read(
     return ModelConfig.from_dir(folder)
 
 
+def ropes(config: ModelConfig) -> list[Rope]:
+    return [layer.rope for layer in config.layers]
+
+
+def windows(config: ModelConfig) -> list[int | None]:
+    return [layer.window for layer in config.layers]
+
+
 def test_what_a_plain_llama_leaves_out_has_its_makers_defaults(tmp_path: Path) -> None:
     assert read(tmp_path, {}) == ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=320,
         hidden_size=64,
         ffn_size=176,
-        num_layers=2,
+        layers=(LayerAttention(None, Rope(10000.0)),) * 2,
         num_heads=4,
         num_kv_heads=4,
         head_dim=16,
         norm_eps=1e-6,
         max_positions=512,
-        rope_theta=10000.0,
-        rope_scaling=None,
         qkv_bias=False,
         attention_out_bias=False,
         mlp_bias=False,
@@ -87,15 +95,55 @@ def test_families_differ_in_biases_norms_and_head_size(tmp_path: Path) -> None:
     ids=["rope_scaling", "rope_scaling with its older key", "rope_parameters"],
 )
 def test_scaled_rope_is_read_in_each_of_its_spellings(tmp_path: Path, written: dict[str, Any]) -> None:
-    config = read(tmp_path, written)
-    assert config.rope_theta == 500000.0
-    assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 64)
+    assert ropes(read(tmp_path, written)) == [Rope(500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64))] * 2
 
 
 def test_plain_rope_is_read_in_both_of_its_spellings(tmp_path: Path) -> None:
     named = read(tmp_path, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
     assert named == read(tmp_path, {"rope_theta": 1e6, "rope_scaling": None})
-    assert (named.rope_theta, named.rope_scaling) == (1e6, None)
+    assert ropes(named) == [Rope(1e6)] * 2
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"rope_type": "linear", "factor": 4}, LinearScaling(4.0)),
+        ({"rope_type": "dynamic", "factor": 4.0}, None),
+        ({"rope_type": "yarn", "factor": 1.0}, YarnScaling(1.0, 512, 32.0, 1.0, True, 1.0)),
+        (
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "attention_factor": 1.5},
+            YarnScaling(4.0, 128, 32.0, 1.0, True, 1.5),
+        ),
+        (
+            {"rope_type": "yarn", "factor": 8.0, "beta_fast": 16, "beta_slow": 2, "truncate": False}
+            | {"mscale": 0.5, "mscale_all_dim": 0.5},
+            YarnScaling(8.0, 512, 16.0, 2.0, False, 1.0),
+        ),
+    ],
+    ids=["linear", "dynamic", "yarn, nothing more", "yarn, growth given", "yarn, everything else given"],
+)
+def test_every_scaling_of_rope_is_read_with_its_defaults(
+    tmp_path: Path, scaling: dict[str, Any], expected: Scaling | None
+) -> None:
+    assert ropes(read(tmp_path, {"rope_scaling": scaling})) == [Rope(10000.0, expected)] * 2
+    assert ropes(read(tmp_path, {"rope_parameters": scaling})) == [Rope(10000.0, expected)] * 2
+
+
+def test_a_rope_for_each_type_of_layer_goes_to_the_layers_of_that_type(tmp_path: Path) -> None:
+    typed = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+    }
+    types = ["sliding_attention", "full_attention"]
+    changes = {
+        "rope_parameters": typed,
+        "layer_types": types,
+        "use_sliding_window": True,
+        "sliding_window": 9,
+    }
+    windowed, full = read(tmp_path, changes, "Qwen3ForCausalLM").layers
+    assert windowed == LayerAttention(9, Rope(5e3))
+    assert full == LayerAttention(None, Rope(1e6, LinearScaling(8.0)))
 
 
 def test_every_end_token_of_both_files_ends_a_reply(tmp_path: Path) -> None:
@@ -122,14 +170,52 @@ def test_sampling_defaults_are_the_makers(
     assert read(tmp_path, {}, **generation).sampling == expected
 
 
-def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path: Path) -> None:
-    expected = read(tmp_path, {}, "Qwen2ForCausalLM")
-    unused = [
-        {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1},
-        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 2},
-        {"sliding_window": None, "layer_types": ["full_attention", "full_attention"]},
-    ]
-    assert [read(tmp_path, changes, "Qwen2ForCausalLM") for changes in unused] == [expected] * 3
+QWEN2, MISTRAL = "Qwen2ForCausalLM", "MistralForCausalLM"
+FULL, WINDOWED = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "expected"),
+    [
+        (MISTRAL, {"sliding_window": 100}, [100, 100]),
+        (MISTRAL, {"max_position_embeddings": 8192}, [4096, 4096]),
+        (MISTRAL, {"layer_types": [WINDOWED] * 2, "sliding_window": 100}, [100, 100]),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}, [None, 100]),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 0}, [100, 100]),
+        (
+            QWEN2,
+            {"use_sliding_window": True, "sliding_window": 100, "layer_types": [WINDOWED, FULL]},
+            [100, None],
+        ),
+    ],
+)
+def test_windows_are_those_of_transformers(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], expected: list[int | None]
+) -> None:
+    assert windows(read(tmp_path, changes, architecture)) == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        (QWEN2, {"use_sliding_window": False, "sliding_window": 100, "max_window_layers": 1}),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 2}),
+        (QWEN2, {"use_sliding_window": True, "sliding_window": 100}),
+        (QWEN2, {"sliding_window": 100, "layer_types": [FULL, FULL]}),
+        (MISTRAL, {"sliding_window": 512}),
+        ("LlamaForCausalLM", {"sliding_window": 100, "use_sliding_window": False, "layer_types": [FULL] * 2}),
+    ],
+)
+def test_a_window_that_hides_nothing_is_none(
+    tmp_path: Path, architecture: str, changes: dict[str, Any]
+) -> None:
+    assert windows(read(tmp_path, changes, architecture)) == [None, None]
+
+
+def test_a_null_takes_away_the_window_that_mistral_has_by_default(tmp_path: Path) -> None:
+    text = json.dumps({"architectures": [MISTRAL], **SIZES, "max_position_embeddings": 8192})
+    (tmp_path / "config.json").write_text(text[:-1] + ', "sliding_window": null}')
+    assert windows(ModelConfig.from_dir(tmp_path)) == [None, None]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +224,7 @@ def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path: Path) -> None:
         (
             {"architectures": ["MixtralForCausalLM"]},
             "architecture MixtralForCausalLM is not supported; supported are LlamaForCausalLM, "
-            "Qwen2ForCausalLM, Qwen3ForCausalLM",
+            "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
         ),
         ({"architectures": None}, "architectures is None; expected a list of one name"),
         (
@@ -150,13 +236,38 @@ def test_a_window_that_no_layer_uses_is_no_obstacle(tmp_path: Path) -> None:
             "has quantization_config; quantized weights are not supported",
         ),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported; only silu is"),
-        ({"use_sliding_window": True, "max_window_layers": 1}, "some layers attend only a window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "some layers attend only a window"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "RoPE type 'yarn' is not supported; supported are 'default' and 'llama3'",
+            {"use_sliding_window": True, "sliding_window": 100},
+            "use_sliding_window is True; expected false: layers of this architecture attend to everything",
         ),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "RoPE type 'linear' is not supported"),
+        (
+            {"layer_types": [FULL, WINDOWED]},
+            "layer_types is ['full_attention', 'sliding_attention']; expected 2 times full_attention: this",
+        ),
+        ({"layer_types": [FULL]}, "layer_types is ['full_attention']; expected 2 times full_attention or"),
+        (
+            {"layer_types": [FULL, "chunked_attention"]},
+            "expected 2 times full_attention or sliding_attention",
+        ),
+        (
+            {"architectures": [QWEN2], "layer_types": [FULL, WINDOWED], "sliding_window": 100},
+            "names sliding_attention, but sliding_window is 100 and use_sliding_window is None: nothing says",
+        ),
+        ({"architectures": [MISTRAL], "sliding_window": 0}, "sliding_window is 0; expected an integer, 1 or"),
+        (
+            {"rope_scaling": {"rope_type": "proportional"}},
+            "RoPE type 'proportional' is not supported; supported are default, linear, dynamic, llama3 and",
+        ),
+        (
+            {"rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+            "RoPE type 'su' with short_factor and long_factor is unsupported: all angles, those of cached",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "config.json lacks factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": "2"}}, "factor is '2'; expected a positive number"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 2, "beta_slow": 4}},
+            "beta_slow is 4; expected at most beta_fast, 2",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "config.json lacks low_freq_factor"),
         (
             {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},

@@ -111,6 +111,23 @@ def test_a_dropped_prefix_recomputed_in_the_step_of_new_tokens_restores_the_logi
     assert_same(recomputed[1:], expected)
 
 
+@pytest.mark.parametrize("pair", ["mistral"], indirect=True)
+def test_what_lies_before_every_window_is_not_missed(pair: tuple[PreTrainedModel, Decoder]) -> None:
+    _, decoder = pair
+    ids = turns_of(9)[2] * 2
+    position = 3 * 32 + 7
+    windows = {attention.window for attention in decoder.config.layers}
+    assert windows == {41}, "the row sees positions 63 to 103: a part of block 1, none of block 0"
+    whole, harness = PagedHarness(decoder), PagedHarness(decoder)
+    for each in (whole, harness):
+        each.step(Run(0, 0, ids[:position]))
+    harness.drop_block(0, 0)
+    expected = whole.step(Run(0, position, ids[position : position + 1]))
+    assert_same(harness.step(Run(0, position, ids[position : position + 1])), expected)
+    harness.drop_block(0, 1)
+    assert harness.step(Run(0, position, ids[position : position + 1])).isnan().any()
+
+
 def test_logits_come_for_the_rows_asked_and_only_those(pair: tuple[PreTrainedModel, Decoder]) -> None:
     _, decoder = pair
     ids, runs = turns_of(7), PagedHarness(decoder)

@@ -1,0 +1,99 @@
+"""How each layer of a model attends: the positions a row sees, and the rotation that tells it where they are.
+
+config.json says it in several spellings: one window and one RoPE for all layers, a list of layer types, a
+RoPE for each type, the keys of transformers 4 and of 5.  All of them end as one `LayerAttention` per layer.
+"""
+
+from dataclasses import dataclass
+
+from engine.errors import ModelFolderError
+from engine.models.families import Family
+from engine.models.fields import Fields
+from engine.models.rope_scaling import Scaling, read_scaling
+
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding of halves: the angle of pair i grows with theta^(-2i / D) per position."""
+
+    theta: float
+    scaling: Scaling | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAttention:
+    """The row at position p sees p - window + 1 .. p, or with None every position up to p."""
+
+    window: int | None
+    rope: Rope
+
+
+def read_layers(fields: Fields, family: Family) -> tuple[LayerAttention, ...]:
+    """One for each layer.  Raises ModelFolderError for what is malformed, contradictory or unsupported."""
+    window = _window(fields, family)
+    types = _layer_types(fields, family, window)
+    if window is not None and window >= fields.integer("max_position_embeddings"):
+        window = None  # it reaches every position
+    kinds = {
+        kind: LayerAttention(None if kind == _FULL else window, _rope(fields, family, kind)) for kind in types
+    }
+    return tuple(kinds[kind] for kind in types)
+
+
+def _window(fields: Fields, family: Family) -> int | None:
+    """A null takes away the window that a missing key leaves in place."""
+    switched_on = fields.flag("use_sliding_window", default=not family.switches_window)
+    if family.windowed == "none":
+        if switched_on and fields.has("use_sliding_window"):
+            raise fields.wrong(
+                "use_sliding_window", "false: layers of this architecture attend to everything"
+            )
+        return None
+    if not switched_on and family.switches_window:
+        return None
+    if fields.value("sliding_window") is None and (family.window is None or fields.has("sliding_window")):
+        return None
+    return fields.integer("sliding_window", family.window)
+
+
+def _layer_types(fields: Fields, family: Family, window: int | None) -> list[str]:
+    num_layers = fields.integer("num_hidden_layers")
+    usual = [_FULL] * num_layers
+    if window is not None:
+        usual = [_WINDOWED if _is_windowed(fields, family, layer) else _FULL for layer in range(num_layers)]
+    given = fields.value("layer_types")
+    if given is None:
+        return usual
+    if not isinstance(given, list) or len(given) != num_layers or not set(given) <= {_FULL, _WINDOWED}:
+        raise fields.wrong("layer_types", f"{num_layers} times {_FULL} or {_WINDOWED}")
+    if family.windowed in ("none", "all") and given != usual:
+        raise fields.wrong(
+            "layer_types", f"{num_layers} times {usual[0]}: this architecture has no other layers here"
+        )
+    if window is None and _WINDOWED in given:
+        size, switch = fields.value("sliding_window"), fields.value("use_sliding_window")
+        raise ModelFolderError(
+            f"{fields.path}: layer_types names {_WINDOWED}, but sliding_window is {size!r} and "
+            f"use_sliding_window is {switch!r}: nothing says how much those layers see"
+        )
+    return given
+
+
+def _is_windowed(fields: Fields, family: Family, layer: int) -> bool:
+    if family.windowed == "upper":
+        return layer >= fields.integer("max_window_layers", 28, at_least=0)
+    return True
+
+
+def _rope(fields: Fields, family: Family, kind: str) -> Rope:
+    """From `rope_scaling`, or from `rope_parameters`, where transformers 5 keeps it together with theta."""
+    rope = fields.group("rope_parameters" if fields.value("rope_parameters") else "rope_scaling")
+    if rope.has(_FULL) or rope.has(_WINDOWED):
+        rope = rope.group(kind)
+    for holder in (fields, rope):
+        if holder.number("partial_rotary_factor", 1.0) != 1.0:
+            raise holder.wrong("partial_rotary_factor", "1.0: partly rotated heads are not supported")
+    theta = rope.number("rope_theta", fields.number("rope_theta", family.rope_theta))
+    return Rope(theta, read_scaling(rope, fields.integer("max_position_embeddings")))
