@@ -5,6 +5,8 @@ Messages are written for the caller: what happened, with values, and what to do.
 our own bugs.
 """
 
+import re
+
 
 class EngineError(Exception):
     """Base of everything a caller may see.  `retry_after_s` is a hint for errors that pass by themselves."""
@@ -86,3 +88,10 @@ class DataDirError(EngineError):
 
 class InvariantError(AssertionError):
     """A bug of ours: internal state contradicts itself."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The class as programs are told it: QUEUE_FULL, ...; INTERNAL for what was not written for callers."""
+    if not isinstance(error, EngineError):
+        return "INTERNAL"
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).upper()

@@ -6,7 +6,6 @@ where the call ends; there the standard google.rpc details stand beside it, for 
 
 import asyncio
 import logging
-import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -54,8 +53,8 @@ def error_message(error: Exception, *, turn_id: str | None = None, client_seq: i
         log.error("a bug: the caller hears INTERNAL", exc_info=error)
         code, reason, message, retry_after_s = grpc.StatusCode.INTERNAL, "INTERNAL", _INTERNAL, None
     else:
-        reason = re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).upper()
-        message, retry_after_s = str(error)[:MAX_TEXT], error.retry_after_s
+        reason, retry_after_s = errors.reason_of(error), error.retry_after_s
+        message = str(error)[:MAX_TEXT]
     return pb.Error(
         code=code.value[0],
         reason=reason,
