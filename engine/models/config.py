@@ -32,6 +32,7 @@ class ModelConfig:
     attention_out_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMSNorm of each query and key head before RoPE
+    fused_weights: bool  # one tensor holds q, k and v, another gate and up
     tied_embeddings: bool  # the head's weight is the embedding
     eos_ids: frozenset[int]  # any of them ends a reply
     sampling: SamplingParams  # the makers' defaults; what they leave open is None
@@ -70,6 +71,7 @@ class ModelConfig:
             attention_out_bias=attention_bias,
             mlp_bias=family.reads_mlp_bias and fields.flag("mlp_bias"),
             qk_norm=family.qk_norm,
+            fused_weights=family.fused_weights,
             tied_embeddings=fields.flag("tie_word_embeddings", family.tied_embeddings),
             eos_ids=fields.ids("eos_token_id") | defaults.ids("eos_token_id"),
             sampling=_sampling(defaults),
@@ -79,19 +81,25 @@ class ModelConfig:
 
 
 def _architecture(fields: Fields) -> Architecture:
-    if fields.value("auto_map"):
-        raise ModelFolderError(
-            f"{fields.path} has auto_map: the model needs its makers' code, which is never run here"
-        )
     named = fields.value("architectures")
     if not (isinstance(named, list) and len(named) == 1):
         raise fields.wrong("architectures", "a list of one name")
     for architecture in ARCHITECTURES:
         if architecture == named[0]:
+            _refuse_code(fields, family_of(architecture).code)
             return architecture
+    _refuse_code(fields, None)
     raise ModelFolderError(
         f"{fields.path}: architecture {named[0]} is not supported; supported are {', '.join(ARCHITECTURES)}"
     )
+
+
+def _refuse_code(fields: Fields, known: str | None) -> None:
+    needed = fields.group("auto_map").value("AutoModelForCausalLM")
+    if fields.value("auto_map") and (known is None or needed != known):
+        raise ModelFolderError(
+            f"{fields.path} has auto_map: the model needs its makers' code, which is never run here"
+        )
 
 
 def _refuse_unsupported(fields: Fields) -> None:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Architecture = Literal["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+Architecture = Literal[
+    "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
 
@@ -17,6 +19,10 @@ class Family:
     reads_attention_bias: bool = True  # of attention_bias: queries, keys, values and the output
     reads_mlp_bias: bool = False
     qk_norm: bool = False
+    fused_weights: bool = False
+    code: str | None = (
+        None  # what its folders name in auto_map, from before transformers knew the architecture
+    )
     windowed: Literal["none", "all", "upper"] = "none"  # layers, if there is a window and no list of types
     window: int | None = None
     switches_window: bool = False  # the window counts only under use_sliding_window
@@ -25,6 +31,13 @@ class Family:
 _FAMILIES: dict[Architecture, Family] = {
     "LlamaForCausalLM": Family(reads_mlp_bias=True),
     "MistralForCausalLM": Family(reads_attention_bias=False, windowed="all", window=4096),
+    "Phi3ForCausalLM": Family(
+        norm_eps=1e-5,
+        reads_attention_bias=False,
+        fused_weights=True,
+        code="modeling_phi3.Phi3ForCausalLM",
+        windowed="all",
+    ),
     "Qwen2ForCausalLM": Family(
         qkv_bias=True, reads_attention_bias=False, windowed="upper", window=4096, switches_window=True
     ),

@@ -34,15 +34,12 @@ def load_decoder(folder: Path, dtype: torch.dtype) -> Decoder:
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     """Name and shape of every tensor that the model consists of, in the order in which it uses them."""
-    hidden, ffn = config.hidden_size, config.ffn_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, ffn, q_size = config.hidden_size, config.ffn_size, config.num_heads * config.head_dim
+    qkv, gate_up = _joint_linears(config)
     linears = {
-        "self_attn.q_proj": (q_size, hidden, config.qkv_bias),
-        "self_attn.k_proj": (kv_size, hidden, config.qkv_bias),
-        "self_attn.v_proj": (kv_size, hidden, config.qkv_bias),
+        **{f"self_attn.{name}": (size, hidden, config.qkv_bias) for name, size in qkv.items()},
         "self_attn.o_proj": (hidden, q_size, config.attention_out_bias),
-        "mlp.gate_proj": (ffn, hidden, config.mlp_bias),
-        "mlp.up_proj": (ffn, hidden, config.mlp_bias),
+        **{f"mlp.{name}": (size, hidden, config.mlp_bias) for name, size in gate_up.items()},
         "mlp.down_proj": (hidden, ffn, config.mlp_bias),
     }
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
@@ -62,6 +59,15 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     if not config.tied_embeddings:
         expected[_HEAD] = (config.vocab_size, hidden)
     return expected
+
+
+def _joint_linears(config: ModelConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """Name and size of the linears that read the input of attention, and of those that read the mlp's."""
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    if config.fused_weights:
+        return {"qkv_proj": q_size + 2 * kv_size}, {"gate_up_proj": 2 * config.ffn_size}
+    qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+    return qkv, {"gate_proj": config.ffn_size, "up_proj": config.ffn_size}
 
 
 def _harmless(config: ModelConfig, checkpoint: Checkpoint) -> set[str]:
@@ -97,13 +103,14 @@ class _Packer:
 
 def _layer(packer: _Packer, config: ModelConfig, name: str) -> Layer:
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+    qkv, gate_up = _joint_linears(config)
     return Layer(
         attention_norm=packer.vector(f"{name}.input_layernorm.weight"),
-        qkv=packer.linear(*(f"{attention}.{part}_proj" for part in "qkv"), bias=config.qkv_bias),
+        qkv=packer.linear(*(f"{attention}.{part}" for part in qkv), bias=config.qkv_bias),
         q_norm=packer.vector(f"{attention}.q_norm.weight") if config.qk_norm else None,
         k_norm=packer.vector(f"{attention}.k_norm.weight") if config.qk_norm else None,
         attention_out=packer.linear(f"{attention}.o_proj", bias=config.attention_out_bias),
         mlp_norm=packer.vector(f"{name}.post_attention_layernorm.weight"),
-        gate_up=packer.linear(f"{mlp}.gate_proj", f"{mlp}.up_proj", bias=config.mlp_bias),
+        gate_up=packer.linear(*(f"{mlp}.{part}" for part in gate_up), bias=config.mlp_bias),
         down=packer.linear(f"{mlp}.down_proj", bias=config.mlp_bias),
     )

@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -49,6 +51,12 @@ def _llama3() -> PreTrainedModel:
     ends = [301, 302, 303]
     biases = {"attention_bias": True, "mlp_bias": True}
     return LlamaForCausalLM(LlamaConfig(**_SIZES, **heads, **biases, rope_parameters=rope, eos_token_id=ends))
+
+
+def _phi3() -> PreTrainedModel:
+    """Fused tensors, a window in every layer, and heads of 24, which fill no vector."""
+    heads = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 40}
+    return Phi3ForCausalLM(Phi3Config(**_SIZES, **heads, pad_token_id=0, eos_token_id=1))
 
 
 def _qwen2() -> PreTrainedModel:
@@ -96,6 +104,7 @@ FAMILIES = {
     "llama dynamic": _scaled(rope_type="dynamic", factor=4.0),
     "llama yarn": _scaled(rope_type="yarn", factor=8.0, original_max_position_embeddings=128),
     "mistral": _mistral,
+    "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen2 windowed": _qwen2_windowed,
     "qwen3": _qwen3,

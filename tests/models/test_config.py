@@ -67,6 +67,7 @@ def test_what_a_plain_llama_leaves_out_has_its_makers_defaults(tmp_path: Path) -
         attention_out_bias=False,
         mlp_bias=False,
         qk_norm=False,
+        fused_weights=False,
         tied_embeddings=False,
         eos_ids=frozenset(),
         sampling=SamplingParams(),
@@ -79,6 +80,9 @@ def test_families_differ_in_biases_norms_and_head_size(tmp_path: Path) -> None:
     qwen3 = replace(llama, architecture="Qwen3ForCausalLM", qk_norm=True, head_dim=128)
     assert read(tmp_path, {}, "Qwen2ForCausalLM") == qwen2
     assert read(tmp_path, {}, "Qwen3ForCausalLM") == qwen3
+    phi3 = replace(llama, architecture="Phi3ForCausalLM", fused_weights=True, norm_eps=1e-5)
+    assert read(tmp_path, {}, "Phi3ForCausalLM") == phi3
+    assert read(tmp_path, {"attention_bias": True}, "Phi3ForCausalLM") == phi3, "as transformers does"
     assert read(tmp_path, {"attention_bias": True}) == replace(llama, qkv_bias=True, attention_out_bias=True)
     assert read(tmp_path, {"mlp_bias": True, "head_dim": 32}) == replace(llama, mlp_bias=True, head_dim=32)
     shared = read(tmp_path, {"num_key_value_heads": 2, "tie_word_embeddings": True})
@@ -96,6 +100,16 @@ def test_families_differ_in_biases_norms_and_head_size(tmp_path: Path) -> None:
 )
 def test_scaled_rope_is_read_in_each_of_its_spellings(tmp_path: Path, written: dict[str, Any]) -> None:
     assert ropes(read(tmp_path, written)) == [Rope(500000.0, Llama3Scaling(8.0, 1.0, 4.0, 64))] * 2
+
+
+def test_code_that_transformers_has_taken_over_since_is_not_needed(tmp_path: Path) -> None:
+    auto_map = {"AutoConfig": "configuration_phi3.Phi3Config"}
+    for code in (auto_map, auto_map | {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}):
+        assert read(tmp_path, {"auto_map": code}, "Phi3ForCausalLM") == read(tmp_path, {}, "Phi3ForCausalLM")
+    with pytest.raises(ModelFolderError, match="has auto_map: the model needs its makers' code"):
+        read(
+            tmp_path, {"auto_map": {"AutoModelForCausalLM": "modeling_x.Phi3ForCausalLM"}}, "Phi3ForCausalLM"
+        )
 
 
 def test_plain_rope_is_read_in_both_of_its_spellings(tmp_path: Path) -> None:
@@ -224,7 +238,7 @@ def test_a_null_takes_away_the_window_that_mistral_has_by_default(tmp_path: Path
         (
             {"architectures": ["MixtralForCausalLM"]},
             "architecture MixtralForCausalLM is not supported; supported are LlamaForCausalLM, "
-            "MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+            "MistralForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
         ),
         ({"architectures": None}, "architectures is None; expected a list of one name"),
         (
