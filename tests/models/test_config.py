@@ -103,13 +103,15 @@ def test_scaled_rope_is_read_in_each_of_its_spellings(tmp_path: Path, written: d
 
 
 def test_code_that_transformers_has_taken_over_since_is_not_needed(tmp_path: Path) -> None:
-    auto_map = {"AutoConfig": "configuration_phi3.Phi3Config"}
-    for code in (auto_map, auto_map | {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}):
-        assert read(tmp_path, {"auto_map": code}, "Phi3ForCausalLM") == read(tmp_path, {}, "Phi3ForCausalLM")
-    with pytest.raises(ModelFolderError, match="has auto_map: the model needs its makers' code"):
-        read(
-            tmp_path, {"auto_map": {"AutoModelForCausalLM": "modeling_x.Phi3ForCausalLM"}}, "Phi3ForCausalLM"
-        )
+    plain, name = read(tmp_path, {}, "Phi3ForCausalLM"), "modeling_phi3.Phi3ForCausalLM"
+    code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": name}
+    assert read(tmp_path, {"auto_map": code}, "Phi3ForCausalLM") == plain
+    for architecture, other in (
+        ("Phi3ForCausalLM", "modeling_x.Phi3ForCausalLM"),
+        ("LlamaForCausalLM", name),
+    ):
+        with pytest.raises(ModelFolderError, match="has auto_map: the model needs its makers' code"):
+            read(tmp_path, {"auto_map": {**code, "AutoModelForCausalLM": other}}, architecture)
 
 
 def test_plain_rope_is_read_in_both_of_its_spellings(tmp_path: Path) -> None:
