@@ -5,18 +5,17 @@ order of planning.  A plan may be made before the previous one is applied (run-a
 launched step samples are scheduled before they are known.
 """
 
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.batch import StepPlan, StepResult
+from engine.batch import StepPlan, StepResult, needs_history
 from engine.cache.manager import KVCacheManager
-from engine.conversation import Conversation, Turn, TurnState
+from engine.conversation import Conversation, Turn, TurnState, common_length
 from engine.errors import ContextOverflow, InvariantError
 from engine.scheduler import Scheduler, Step
 from engine.stopping import stop_reason
-from engine.types import Clock, ConversationId, FinishReason, SamplingParams, Tenant, TurnId
+from engine.types import Clock, ConversationId, FinishReason, SamplingParams, Tenant, TokenLogprobs, TurnId
 
 
 class Runner(Protocol):
@@ -32,6 +31,7 @@ class TokenEvent:
     turn: Turn
     token_id: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None  # if asked for
 
 
 class EngineCore:
@@ -50,20 +50,20 @@ class EngineCore:
         self._runner = runner
         self._clock = clock
         self._eos_ids = eos_ids
-        self._num_turns = 0
+        self._num_rows = 0  # names that steps know segments by
 
     # -- conversations
 
     def new_conversation(
-        self, id: ConversationId, tenant: Tenant, tokens: Iterable[int] = ()
+        self, id: ConversationId, tenant: Tenant, tokens: Iterable[int] = (), *, was_computed: bool = True
     ) -> Conversation:
         """A conversation with a committed history; nothing of it needs to be computed before a turn asks
-        for it.
+        for it.  `was_computed` tells apart what is computed again from what is new.
         """
         conversation = Conversation(id, tenant, self.manager.new_table(tenant, self._clock.monotonic()))
-        conversation.tokens.extend(array("i", tokens))
-        conversation.num_committed = len(conversation.tokens)
-        conversation.num_computed = max(0, len(conversation.tokens) - 1)  # the last one was sampled only
+        conversation.extend(tokens)
+        if not was_computed:
+            conversation.num_computed = 0
         self.manager.extend(conversation.table, conversation.tokens)
         return conversation
 
@@ -71,10 +71,23 @@ class EngineCore:
         """The conversation leaves memory."""
         if conversation.turn is not None:
             raise InvariantError(f"conversation {conversation.id} has a turn in flight")
+        self.scheduler.forget(conversation)
         self.manager.release(conversation.table)
 
-    def context_left(self, conversation: Conversation) -> int:
-        return self.context_tokens - len(conversation.tokens)
+    def rewind(self, conversation: Conversation, tokens: Sequence[int]) -> None:
+        """`tokens` is the committed history from now on; the KV of what stays the same is kept."""
+        if conversation.turn is not None:
+            raise InvariantError(f"conversation {conversation.id} has a turn in flight")
+        num_kept = common_length(tokens, conversation.tokens)
+        self._cut(conversation, num_kept)
+        if num_kept < len(tokens):
+            conversation.extend(tokens[num_kept:])
+            self.manager.extend(conversation.table, conversation.tokens)
+
+    def compute_when_idle(self, conversation: Conversation) -> None:
+        """Compute the KV of the history as long as nobody else wants anything."""
+        self._num_rows += 1
+        self.scheduler.compute_when_idle(conversation, self._num_rows)
 
     # -- turns
 
@@ -85,47 +98,102 @@ class EngineCore:
         prompt_ids: Sequence[int],
         sampling: SamplingParams,
         seed: int,
+        *,
+        first_token: int | None = None,
+        bad_word_ids: tuple[tuple[int, ...], ...] = (),
     ) -> Turn:
-        """Append the prompt and queue the turn.  Raises ContextOverflow if not even one token of reply
-        would fit.
+        """Go on from token `first_token` of the history (None: its end) with the prompt, and queue the turn.
+
+        Raises ContextOverflow if not even one token of reply would fit.
         """
-        left = self.context_left(conversation)
-        if len(prompt_ids) + 1 > left:
-            raise ContextOverflow(
-                f"turn needs {len(prompt_ids) + 1} tokens but {left} of {self.context_tokens} are left in "
-                f"{conversation.id}; shorten it or open a new conversation"
-            )
-        room = left - len(prompt_ids)
-        max_new = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
-        self._num_turns += 1
-        turn = Turn(
-            turn_id,
-            self._num_turns,
-            conversation,
-            tuple(prompt_ids),
-            sampling,
-            seed,
-            max_new,
-            self._clock.monotonic(),
-        )
-        conversation.begin(turn)
-        self.manager.extend(conversation.table, conversation.tokens)
+        turn = self._new_turn(conversation, turn_id, prompt_ids, sampling, seed, first_token, room_for=1)
+        turn.bad_word_ids = bad_word_ids
+        turn.needs_history = needs_history(sampling)
         self.scheduler.submit(turn)
         return turn
 
+    def append(
+        self,
+        conversation: Conversation,
+        turn_id: TurnId,
+        prompt_ids: Sequence[int],
+        *,
+        first_token: int | None = None,
+    ) -> Turn:
+        """A turn that is over as soon as its prompt stands in the history.  ContextOverflow."""
+        turn = self._new_turn(conversation, turn_id, prompt_ids, SamplingParams(), 0, first_token, room_for=0)
+        self.finish(turn, FinishReason.APPENDED, 0)
+        self.compute_when_idle(conversation)
+        return turn
+
     def finish(self, turn: Turn, reason: FinishReason, num_reply_kept: int | None) -> None:
-        """End a turn now, keeping `num_reply_kept` tokens of its reply, or with None nothing of it at all."""
+        """End a turn now, keeping `num_reply_kept` tokens of its reply, or with None nothing of it at all.
+
+        What the turn had set aside can be put back by `take_back` until `confirm`.
+        """
         self.scheduler.remove(turn, self._clock.monotonic())
         turn.finish_reason = reason
         if num_reply_kept is not None:
             del turn.reply_ids[num_reply_kept:]
-        turn.conversation.end(num_reply_kept)
+        turn.conversation.end(num_reply_kept or 0)
         self.manager.truncate(turn.conversation.table, len(turn.conversation.tokens))
+        if num_reply_kept is None:
+            self.take_back(turn)
 
-    def cut(self, conversation: Conversation, num_tokens: int) -> None:
-        """Forget the committed history from token `num_tokens` on."""
-        if conversation.turn is not None or num_tokens > conversation.num_committed:
-            raise InvariantError(f"conversation {conversation.id} cannot be cut at token {num_tokens}")
+    def confirm(self, turn: Turn) -> None:
+        """A finished turn stands for good: what it had set aside is forgotten."""
+        if turn.aside is not None:
+            self.manager.release(turn.aside.table)
+            turn.aside = None
+
+    def take_back(self, turn: Turn) -> None:
+        """The conversation stands again as before this finished turn."""
+        conversation, aside = turn.conversation, turn.aside
+        if aside is None:
+            self._cut(conversation, turn.first_token)
+        else:
+            self.manager.release(conversation.put_back(aside, turn.first_token))
+            turn.aside = None
+
+    def _new_turn(
+        self,
+        conversation: Conversation,
+        turn_id: TurnId,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        seed: int,
+        first_token: int | None,
+        room_for: int,
+    ) -> Turn:
+        """Append the prompt, with at least `room_for` tokens left behind it.  ContextOverflow."""
+        first = len(conversation.tokens) if first_token is None else first_token
+        left, needed = self.context_tokens - first, len(prompt_ids) + room_for
+        if needed > left:
+            raise ContextOverflow(
+                f"turn needs {needed} tokens but {left} of {self.context_tokens} are left in "
+                f"{conversation.id}; shorten it or open a new conversation"
+            )
+        room = left - len(prompt_ids)
+        self._num_rows += 1
+        turn = Turn(
+            turn_id,
+            self._num_rows,
+            conversation,
+            first,
+            tuple(prompt_ids),
+            sampling,
+            seed,
+            room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            self._clock.monotonic(),
+        )
+        if first < len(conversation.tokens):
+            table = self.manager.new_table(conversation.tenant, self._clock.monotonic())
+            turn.aside = conversation.set_aside(first, table, turn.prompt_ids)
+        conversation.begin(turn)
+        self.manager.extend(conversation.table, conversation.tokens)
+        return turn
+
+    def _cut(self, conversation: Conversation, num_tokens: int) -> None:
         conversation.cut(num_tokens)
         self.manager.truncate(conversation.table, num_tokens)
 
@@ -157,7 +225,7 @@ class EngineCore:
                 reason = FinishReason.CONTEXT_FULL
             if reason is not None:
                 self.finish(turn, reason, turn.num_generated)
-            events.append(TokenEvent(turn, token_id, reason))
+            events.append(TokenEvent(turn, token_id, reason, result.logprobs.get(turn.row)))
         return events
 
     def step(self) -> list[TokenEvent] | None:

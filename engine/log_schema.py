@@ -4,14 +4,14 @@ Erasing decides the shape.  `secure_delete` makes SQLite zero whatever it frees,
 within its tree it may leave a stale copy of the row's first bytes on the old page (seen after 4 of 3,300
 random deletes).  Overflow pages never move.  So pages are small, and each row has a page of padding *before*
 its content columns, which pushes all content onto overflow pages.  No column before the padding may hold
-what a client wrote, except ids.
+what a client wrote, except ids.  `ALTER TABLE` adds columns at the end of a row, where they are safe.
 """
 
 import json
 import sqlite3
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 from engine.types import (
@@ -19,6 +19,7 @@ from engine.types import (
     ConversationRecord,
     FinishReason,
     Message,
+    RewritePolicy,
     SamplingParams,
     Tenant,
     Timing,
@@ -55,6 +56,12 @@ MIGRATIONS: Sequence[Migration] = (
         )
         """,
     ),
+    (
+        "ALTER TABLE conversations ADD COLUMN tools TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE conversations ADD COLUMN on_rewrite INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE conversations ADD COLUMN parent TEXT",
+        "ALTER TABLE conversations ADD COLUMN forked_at INTEGER NOT NULL DEFAULT 0",
+    ),
 )
 
 
@@ -66,18 +73,22 @@ def insert(connection: sqlite3.Connection, table: str, row: dict[str, Any]) -> N
 
 def conversation_row(record: ConversationRecord) -> dict[str, Any]:
     row = {name: getattr(record, name) for name in ConversationRecord.__slots__}
-    return row | {"sampling": json.dumps(asdict(record.sampling)), "labels": json.dumps(record.labels)}
+    return row | {
+        "sampling": json.dumps(asdict(record.sampling)),
+        "labels": json.dumps(record.labels),
+        "tools": json.dumps(record.tools),
+        "on_rewrite": record.on_rewrite.value,
+    }
 
 
 def conversation_record(row: sqlite3.Row) -> ConversationRecord:
     sampling: dict[str, Any] = json.loads(row["sampling"])
-    lists = {name: tuple(value) for name, value in sampling.items() if isinstance(value, list)}
     return ConversationRecord(
         id=ConversationId(row["id"]),
         tenant=Tenant(row["tenant"]),
         fingerprint=row["fingerprint"],
         system=row["system"],
-        sampling=SamplingParams(**sampling | lists),
+        sampling=SamplingParams(**{name: _with_tuples(value) for name, value in sampling.items()}),
         labels=json.loads(row["labels"]),
         created_at=row["created_at"],
         updated_at=row["updated_at"],
@@ -85,6 +96,10 @@ def conversation_record(row: sqlite3.Row) -> ConversationRecord:
         num_turns=row["num_turns"],
         num_tokens=row["num_tokens"],
         seq_mark=row["seq_mark"],
+        tools=tuple(json.loads(row["tools"])),
+        on_rewrite=RewritePolicy(row["on_rewrite"]),
+        parent=None if row["parent"] is None else ConversationId(row["parent"]),
+        forked_at=row["forked_at"],
     )
 
 
@@ -94,7 +109,7 @@ def turn_row(conversation_id: ConversationId, turn: TurnRecord) -> dict[str, Any
         "conversation_id": conversation_id,
         "prompt_ids": _pack(turn.prompt_ids),
         "reply_ids": _pack(turn.reply_ids),
-        "messages": json.dumps([[message.role, message.content] for message in turn.messages]),
+        "messages": json.dumps([astuple(message) for message in turn.messages]),
         "finish_reason": turn.finish_reason.value,
         "usage": json.dumps(asdict(turn.usage)),
         "timing": json.dumps(asdict(turn.timing)),
@@ -108,7 +123,7 @@ def turn_record(row: sqlite3.Row) -> TurnRecord:
         first_token=row["first_token"],
         prompt_ids=_unpack(row["prompt_ids"]),
         reply_ids=_unpack(row["reply_ids"]),
-        messages=tuple(Message(role, content) for role, content in json.loads(row["messages"])),
+        messages=tuple(Message(*_with_tuples(fields)) for fields in json.loads(row["messages"])),
         reply_text=row["reply_text"],
         finish_reason=FinishReason(row["finish_reason"]),
         matched_stop=row["matched_stop"],
@@ -119,6 +134,11 @@ def turn_record(row: sqlite3.Row) -> TurnRecord:
         digest=row["digest"],
         history_rewritten=bool(row["history_rewritten"]),
     )
+
+
+def _with_tuples(value: Any) -> Any:
+    """What JSON made of `value`, with tuples for its lists, as records have them."""
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _pack(ids: Sequence[int]) -> bytes:

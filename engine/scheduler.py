@@ -4,15 +4,19 @@ Turns that decode come first, then prompts in chunks, first come first served, t
 was suspended or whose history lost blocks simply has more missing positions than others.  When slots run
 out, the newest running turn is suspended: its blocks become evictable and it goes back to the head of the
 queue.  So is a paused turn, whose reader is slow, as soon as another turn waits.
+
+While no turn wants anything, histories that were appended to are computed ahead of the turn that will need
+them, in slots that are free.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.batch import RowParams, Segment, StepPlan
 from engine.cache.block import Block
 from engine.cache.manager import KVCacheManager, Run, Write
-from engine.conversation import Turn, TurnState
+from engine.conversation import Conversation, Turn, TurnState
 from engine.types import Usage
 
 RESERVED_SHARE = 0.1
@@ -36,6 +40,7 @@ class Scheduler:
         self.max_concurrent = max_concurrent
         self.waiting: deque[Turn] = deque()
         self.running: list[Turn] = []  # in order of arrival
+        self._idle: dict[Conversation, int] = {}  # to be computed ahead -> row of its segments
         self._short: Turn | None = None  # found no slots last time: goes first
         self._num_steps = 0
 
@@ -45,7 +50,16 @@ class Scheduler:
         return sum(not turn.paused for turn in self.waiting)
 
     def submit(self, turn: Turn) -> None:
+        self._idle.pop(turn.conversation, None)
         self.waiting.append(turn)
+
+    def compute_when_idle(self, conversation: Conversation, row: int) -> None:
+        """Compute the history's missing KV while no turn wants anything, as long as it fits free slots."""
+        self._idle[conversation] = row
+
+    def forget(self, conversation: Conversation) -> None:
+        """The conversation leaves memory."""
+        self._idle.pop(conversation, None)
 
     def remove(self, turn: Turn, now: float) -> None:
         """The turn is over or given up.  Its blocks stay with the conversation, evictable from now on."""
@@ -78,6 +92,8 @@ class Scheduler:
             self.waiting.remove(first)
             self._start(first, now)
             self._add(parts, first, now)
+        if not self.num_waiting and all(turn.paused for turn in self.running):
+            self._add_idle(parts, now)
         if not parts.segments:
             return None
         blocks = tuple(parts.blocks)
@@ -109,7 +125,7 @@ class Scheduler:
         conversation, num_cached = turn.conversation, self.manager.num_cached
         prompt, history = len(conversation.tokens), conversation.num_computed
         cached = num_cached(conversation.table, prompt - 1)
-        recomputed = history - num_cached(conversation.table, history)
+        recomputed = history - num_cached(conversation.table, min(history, prompt - 1))
         return Usage(
             prompt_tokens=prompt,
             cached_device_tokens=cached,
@@ -123,16 +139,18 @@ class Scheduler:
         self.waiting.appendleft(turn)
 
     def _stop(self, turn: Turn, now: float) -> None:
-        conversation = turn.conversation
+        self.running.remove(turn)
+        self._deactivate(turn.conversation, now)
+
+    def _deactivate(self, conversation: Conversation, now: float) -> None:
         reached = self.manager.num_cached(conversation.table, len(conversation.tokens))
         conversation.num_computed = max(conversation.num_computed, reached)
-        self.running.remove(turn)
         self.manager.deactivate(conversation.table, now)
 
     def _add(self, parts: "_Parts", turn: Turn, now: float) -> None:
         """Plan the turn's missing positions, as many as budget and slots allow."""
         conversation = turn.conversation
-        known, end = len(conversation.tokens), len(conversation.tokens) + turn.num_pending
+        end = len(conversation.tokens) + turn.num_pending
         runs: list[Run] = []
         while True:
             budget = self.max_step_tokens - parts.num_tokens
@@ -160,20 +178,57 @@ class Scheduler:
             runs = [Run(end - 1, 1)]
             parts.num_tokens += 1
         parts.in_plan.add(turn)
-        slots = self.manager.slots(conversation.table, end)
-        size = self.manager.block_size
+        draw = None
+        if runs[-1].first + runs[-1].length == end:
+            draw = RowParams(
+                turn.sampling,
+                turn.seed,
+                end,
+                turn.num_generated + turn.num_pending,
+                conversation.tokens[:] if turn.needs_history else None,  # a copy: the step runs later
+                turn.first_reply_token,
+                turn.bad_word_ids,
+            )
+            parts.turns.append(turn)
+        self._add_segments(parts, conversation, turn.row, runs, end, draw)
+        turn.caught_up = draw is not None
+        turn.num_pending += turn.caught_up
+
+    def _add_idle(self, parts: "_Parts", now: float) -> None:
+        """Plan missing positions of the first history that lacks any.  One that does not fit free slots, or
+        lacks none, is struck off.
+        """
+        for conversation, row in list(self._idle.items()):
+            table, end = conversation.table, len(conversation.tokens)
+            runs: list[Run] = []
+            self.manager.activate(table)
+            if self.manager.num_missing(table, end) <= self.manager.pool.num_free:
+                runs, writes, _ = self.manager.schedule(table, end, self.max_step_tokens, now)
+                parts.writes += writes
+            self._deactivate(conversation, now)
+            if runs:
+                self._add_segments(parts, conversation, row, runs, end, None)
+                return
+            del self._idle[conversation]
+
+    def _add_segments(
+        self,
+        parts: "_Parts",
+        conversation: Conversation,
+        row: int,
+        runs: Sequence[Run],
+        end: int,
+        draw: RowParams | None,
+    ) -> None:
+        """Turn `runs` into segments, the last of which chooses a token if there is a `draw`."""
+        tokens, table, size = conversation.tokens, conversation.table, self.manager.block_size
+        slots = self.manager.slots(table, end)
         for run in runs:
             stop = run.first + run.length
-            ids = None if stop > known else tuple(conversation.tokens[run.first : stop])
-            draw = None
-            if stop == end:
-                draw = RowParams(turn.sampling, turn.seed, end, turn.num_generated + turn.num_pending)
-                parts.turns.append(turn)
-            parts.segments.append(Segment(turn.row, run.first, ids, tuple(slots[: -(-stop // size)]), draw))
-        turn.caught_up = runs[-1].first + runs[-1].length == end
-        if turn.caught_up:
-            turn.num_pending += 1
-        parts.blocks.update(dict.fromkeys(block for block in conversation.table.blocks[: len(slots)]))
+            ids = None if stop > len(tokens) else tuple(tokens[run.first : stop])
+            drawn = draw if run is runs[-1] else None
+            parts.segments.append(Segment(row, run.first, ids, tuple(slots[: -(-stop // size)]), drawn))
+        parts.blocks.update(dict.fromkeys(table.blocks[: len(slots)]))
 
     def _newest_idle_in(self, parts: "_Parts", turn: Turn) -> Turn | None:
         """The newest running turn behind `turn`, or any paused one, that this step does not already

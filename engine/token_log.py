@@ -10,11 +10,10 @@ A submitted operation is carried out even if nobody waits for it any more.  Besi
 operation, any may end with `DataDirError` (disk full, I/O error, damaged file: it left no trace, later ones
 are tried afresh), and raises `EngineStopped` after `close`.
 
-`engine.log_file` opens the file, `engine.log_schema` says how records lie in it.
+`engine.log_file` opens the file, `engine.log_schema` says how records lie in it, `engine.log_statements` what
+each operation does to them.
 """
 
-import base64
-import json
 import os
 import queue
 import sqlite3
@@ -23,32 +22,27 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.errors import AlreadyExists, DataDirError, EngineStopped, InvalidRequest, InvariantError, NotFound
+from engine import log_statements
+from engine.errors import DataDirError, EngineStopped
+from engine.history import Cut, Decode
 from engine.log_file import IN_MEMORY, TRUNCATE_WAL, claim, connect, storage_error
-from engine.log_schema import (
-    MIGRATIONS,
-    Migration,
-    conversation_record,
-    conversation_row,
-    insert,
-    turn_record,
-    turn_row,
+from engine.log_schema import MIGRATIONS, Migration
+from engine.log_statements import Page
+from engine.types import (
+    Clock,
+    ConversationId,
+    ConversationRecord,
+    Point,
+    SamplingParams,
+    Tenant,
+    TurnRecord,
 )
-from engine.types import Clock, ConversationId, ConversationRecord, Tenant, TurnRecord
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Conversations, newest first.  `next_token` continues after the last of them; empty = that was all."""
-
-    records: tuple[ConversationRecord, ...]
-    next_token: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,78 +87,64 @@ class TokenLog:
             os.close(lock)
             raise
 
-    def create(self, record: ConversationRecord) -> Future[None]:
-        """Store a new conversation.  AlreadyExists if its id is taken, by any tenant."""
+    def create(self, record: ConversationRecord, first: TurnRecord | None = None) -> Future[None]:
+        """Store a new conversation, with its first turn if it has one already, both or neither.
 
-        def run(connection: sqlite3.Connection) -> None:
-            try:
-                insert(connection, "conversations", conversation_row(record))
-            except sqlite3.IntegrityError:
-                raise AlreadyExists(f"conversation id {record.id} is taken; choose another or none") from None
-
-        return self._submit(run)
+        AlreadyExists if its id is taken, by any tenant.
+        """
+        return self._submit(partial(log_statements.create, record=record, first=first))
 
     def commit_turn(self, conversation_id: ConversationId, turn: TurnRecord, seq_mark: int) -> Future[None]:
-        """Append `turn` and count it in, both or neither.
+        """Store `turn` in place of those of its number and above, and count it in, all or nothing.
 
-        NotFound if the conversation is not here (any more); AlreadyExists if it has a turn of that id;
-        InvariantError if the turn does not begin where the history ends.
+        NotFound if the conversation is not here (any more); AlreadyExists if an earlier turn has that id;
+        InvariantError if the turn begins behind the end of the one before it.
         """
         now = self._clock.wall()
-
-        def run(connection: sqlite3.Connection) -> None:
-            end = connection.execute(
-                "SELECT num_turns, num_tokens FROM conversations WHERE id = ?", (conversation_id,)
-            ).fetchone()
-            if end is None:
-                raise NotFound(f"conversation {conversation_id} is not in the token log")
-            same_id = "SELECT number FROM turns WHERE conversation_id = ? AND turn_id = ?"
-            if taken := connection.execute(same_id, (conversation_id, turn.turn_id)).fetchone():
-                raise AlreadyExists(
-                    f"turn id {turn.turn_id} was used for turn {taken['number']} of {conversation_id}"
-                )
-            if (turn.number, turn.first_token) != tuple(end):
-                raise InvariantError(
-                    f"turn {turn.number} at token {turn.first_token} was to follow {end['num_turns']} turns "
-                    f"of {end['num_tokens']} tokens in {conversation_id}"
-                )
-            insert(connection, "turns", turn_row(conversation_id, turn))
-            num_tokens = len(turn.prompt_ids) + len(turn.reply_ids)
-            connection.execute(
-                "UPDATE conversations SET num_turns = num_turns + 1, num_tokens = num_tokens + ?, "
-                "seq_mark = ?, updated_at = ? WHERE id = ?",
-                (num_tokens, seq_mark, now, conversation_id),
-            )
-
-        return self._submit(run)
+        return self._submit(
+            partial(log_statements.commit_turn, id=conversation_id, turn=turn, seq_mark=seq_mark, now=now)
+        )
 
     def set_seq_mark(self, conversation_id: ConversationId, seq_mark: int) -> Future[None]:
         """Events up to `seq_mark` may have been sent; a later life begins behind it.  NotFound."""
+        return self._submit(partial(log_statements.set_seq_mark, id=conversation_id, seq_mark=seq_mark))
 
-        def run(connection: sqlite3.Connection) -> None:
-            update = "UPDATE conversations SET seq_mark = ? WHERE id = ?"
-            if connection.execute(update, (seq_mark, conversation_id)).rowcount == 0:
-                raise NotFound(f"conversation {conversation_id} is not in the token log")
+    def rewind(self, conversation_id: ConversationId, point: Point, decode: Decode) -> Future[Cut]:
+        """Cut the history at `point`.  A reply that is cut short gets its text from `decode`, on the log's
+        thread.  NotFound; InvalidRequest for a point where it cannot be cut.
+        """
+        now = self._clock.wall()
+        return self._submit(
+            partial(log_statements.rewind, id=conversation_id, point=point, decode=decode, now=now)
+        )
 
-        return self._submit(run)
+    def fork(
+        self, record: ConversationRecord, point: Point | None, decode: Decode
+    ) -> Future[ConversationRecord]:
+        """Store a conversation with the turns of `record.parent` up to `point`, or find it stored.
+
+        NotFound; InvalidRequest as for `rewind`; AlreadyExists if its id is taken by any conversation but the
+        tenant's fork of the same parent at the same token.
+        """
+        return self._submit(partial(log_statements.fork, record=record, point=point, decode=decode))
+
+    def update(
+        self,
+        conversation_id: ConversationId,
+        sampling: SamplingParams | None,
+        labels: Mapping[str, str] | None,
+    ) -> Future[None]:
+        """Replace what is not None.  NotFound."""
+        now = self._clock.wall()
+        return self._submit(
+            partial(log_statements.update, id=conversation_id, sampling=sampling, labels=labels, now=now)
+        )
 
     def load(
         self, conversation_id: ConversationId
     ) -> Future[tuple[ConversationRecord, list[TurnRecord]] | None]:
         """The conversation and its turns in order, or None.  Tenants are for the caller to compare."""
-
-        def run(connection: sqlite3.Connection) -> tuple[ConversationRecord, list[TurnRecord]] | None:
-            row = connection.execute(
-                "SELECT * FROM conversations WHERE id = ?", (conversation_id,)
-            ).fetchone()
-            if row is None:
-                return None
-            turns = "SELECT * FROM turns WHERE conversation_id = ? ORDER BY number"
-            return conversation_record(row), [
-                turn_record(t) for t in connection.execute(turns, (conversation_id,))
-            ]
-
-        return self._submit(run)
+        return self._submit(partial(log_statements.load, id=conversation_id))
 
     def list_conversations(
         self, tenant: Tenant, *, labels: Mapping[str, str], page_size: int, page_token: str = ""
@@ -174,33 +154,16 @@ class TokenLog:
         Pages neither repeat nor skip a conversation that stays as it is; one used meanwhile moves to the
         front.  InvalidRequest for a page size below 1 or a token that is not a `next_token`.
         """
-
-        def run(connection: sqlite3.Connection) -> Page:
-            if page_size < 1:
-                raise InvalidRequest(f"page size is {page_size}; it must be at least 1")
-            where: list[str] = ["tenant = ?"]
-            values: list[object] = [tenant, *chain.from_iterable(labels.items())]
-            where += ["EXISTS (SELECT 1 FROM json_each(labels) WHERE key = ? AND value = ?)"] * len(labels)
-            if page_token:
-                where.append("(updated_at, id) < (?, ?)")
-                values += _parse_page_token(page_token)
-            rows = connection.execute(
-                f"SELECT * FROM conversations WHERE {' AND '.join(where)} "
-                "ORDER BY updated_at DESC, id DESC LIMIT ?",
-                (*values, page_size + 1),
-            ).fetchall()
-            records = tuple(conversation_record(row) for row in rows[:page_size])
-            return Page(records, _page_token(records[-1]) if len(rows) > page_size else "")
-
-        return self._submit(run)
+        listing = partial(log_statements.list_conversations, tenant=tenant, labels=labels)
+        return self._submit(partial(listing, page_size=page_size, page_token=page_token))
 
     def delete(self, conversation_id: ConversationId) -> Future[None]:
-        """Erase the conversation: when this resolves, nothing it said is in the files any more.  NotFound."""
+        """Erase the conversation: when this resolves, nothing it said is in the files any more, nor what was
+        cut from it or replaced before.  NotFound.
+        """
 
         def run(connection: sqlite3.Connection) -> None:
-            delete = "DELETE FROM conversations WHERE id = ?"  # its turns go by foreign key
-            if connection.execute(delete, (conversation_id,)).rowcount == 0:
-                raise NotFound(f"conversation {conversation_id} is not in the token log")
+            log_statements.delete(connection, conversation_id)
             self._must_truncate = True
 
         return self._submit(run, erases=True)
@@ -281,17 +244,3 @@ class TokenLog:
             )
         self._must_truncate = False
         return None
-
-
-def _page_token(last: ConversationRecord) -> str:
-    return base64.urlsafe_b64encode(json.dumps([last.updated_at, last.id]).encode()).decode()
-
-
-def _parse_page_token(token: str) -> tuple[float, str]:
-    try:
-        updated_at, last_id = json.loads(base64.urlsafe_b64decode(token))
-        return float(updated_at), str(last_id)
-    except (ValueError, TypeError):
-        raise InvalidRequest(
-            f"page token {token!r} is not one that this server gave; begin without one"
-        ) from None

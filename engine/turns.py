@@ -295,7 +295,7 @@ class Turns:
             return
         if not live.is_deleted:
             logger.error("turn %s of %s was not committed: %s", record.turn_id, live.record.id, error)
-        self.core.cut(live.core, record.first_token)
+        self.core.take_back(flight.turn)
         self._fail(live, error if isinstance(error, Exception) else EngineStopped(str(error)))
 
     def _done(self, live: LiveConversation, flight: TurnInFlight, record: TurnRecord) -> None:

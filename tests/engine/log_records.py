@@ -10,6 +10,7 @@ from engine.types import (
     ConversationRecord,
     FinishReason,
     Message,
+    RewritePolicy,
     SamplingParams,
     Tenant,
     Timing,
@@ -25,11 +26,15 @@ def conversation(name: str, **changes: object) -> ConversationRecord:
         "tenant": Tenant("local"),
         "fingerprint": "f00d",
         "system": "Be brief.",
-        "sampling": SamplingParams(temperature=0.7, top_k=20, stop=("END", "\n\n"), stop_token_ids=(5,)),
+        "sampling": SamplingParams(
+            temperature=0.7, stop=("END", "\n\n"), stop_token_ids=(5,), logit_bias=((5, -1.0), (6, 0.5))
+        ),
         "labels": {"app": "test", "it's": 'a "label"'},
         "created_at": 1.5,
         "updated_at": 2.25,
         "resume_token": "secret",
+        "tools": ('{"name": "look_up"}',),
+        "on_rewrite": RewritePolicy.STRIP,
     }
     return ConversationRecord(**fields | changes)  # type: ignore[arg-type]
 
@@ -42,7 +47,11 @@ def turn(number: int, first_token: int, prompt: int = 3, reply: int = 2, **chang
         "first_token": first_token,
         "prompt_ids": tuple(ids.randrange(2**31) for _ in range(prompt)),
         "reply_ids": tuple(ids.randrange(2**31) for _ in range(reply)),
-        "messages": (Message("user", "Grüße 🙂\0"), Message("tool", "")),
+        "messages": (
+            Message("user", "Grüße 🙂\0", name="Ada"),
+            Message("assistant", "", tool_calls=('{"name": "look_up"}', "{}")),
+            Message("tool", "", tool_call_id="call-1"),
+        ),
         "reply_text": "Ünd",
         "finish_reason": FinishReason.STOP_STRING,
         "matched_stop": "END",

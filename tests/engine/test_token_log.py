@@ -91,8 +91,9 @@ def test_a_turn_that_does_not_continue_the_history_is_refused(log: TokenLog) -> 
     log.create(conversation("c-1")).result()
     log.commit_turn(ConversationId("c-1"), turn(0, 0), 1).result()
     before = stored(log, "c-1")
-    for wrong in (turn(2, 5), turn(1, 4)):
-        with pytest.raises(InvariantError, match="was to follow 1 turns of 5 tokens in c-1"):
+    for wrong, has in ((turn(2, 5), "1 turns and 0 tokens"), (turn(1, 6), "1 turns and 5 tokens")):
+        expected = f"does not continue c-1, which has {has} before that one"
+        with pytest.raises(InvariantError, match=expected):
             log.commit_turn(ConversationId("c-1"), wrong, 2).result()
     assert stored(log, "c-1") == before
 

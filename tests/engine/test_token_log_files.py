@@ -9,6 +9,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -23,8 +24,16 @@ from engine.log_schema import MIGRATIONS, PAGE_BYTES
 from engine.token_log import TokenLog
 from engine.types import (
     ConversationId,
+    ConversationRecord,
+    FinishReason,
     Message,
+    Point,
     SamplingParams,
+    Tenant,
+    Timing,
+    TurnId,
+    TurnRecord,
+    Usage,
 )
 from tests.engine.log_records import conversation, hold, stored, turn
 from tests.fakes import FakeClock
@@ -33,6 +42,10 @@ from tests.fakes import FakeClock
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
+
+
+def no_text(ids: Sequence[int], after: int) -> str:
+    return ""
 
 
 def test_delete_leaves_no_byte_of_the_content_in_any_file(tmp_path: Path, clock: FakeClock) -> None:
@@ -48,18 +61,33 @@ def test_delete_leaves_no_byte_of_the_content_in_any_file(tmp_path: Path, clock:
 
     with closing(TokenLog.open(tmp_path, clock=clock)) as log:
         num_seen = num_erased = 0
-        for _ in range(400):
+        for _ in range(500):
             action = rng.random()
             if action < 0.3 or not alive:
                 name, system, label, stop = f"c-{rng.getrandbits(40):010x}", secret(), secret(), secret()
+                tool = secret()
                 opened = conversation(
-                    name, system=system, labels={"k": label}, sampling=SamplingParams(stop=(stop,))
+                    name,
+                    system=system,
+                    labels={"k": label},
+                    sampling=SamplingParams(stop=(stop,)),
+                    tools=(tool,),
                 )
                 log.create(opened).result()
-                alive[name] = ([system.encode(), label.encode(), stop.encode()], 0, 0)
+                alive[name] = ([text.encode() for text in (system, label, stop, tool)], 0, 0)
+            elif action < 0.4:
+                name, label = rng.choice(list(alive)), secret()
+                log.update(ConversationId(name), SamplingParams(stop=(secret(),)), {"k": label}).result()
+                alive[name][0].append(label.encode())
+            elif action < 0.5:
+                name = rng.choice(list(alive))
+                cut = log.rewind(ConversationId(name), Point(num_turns=alive[name][1] // 2), no_text).result()
+                alive[name] = (alive[name][0], cut.num_turns, cut.num_tokens)
             elif action < 0.8:
                 name = rng.choice(list(alive))
                 secrets, number, first = alive[name]
+                if number and action > 0.75:  # in place of the last turn
+                    number, first = number - 1, stored(log, name)[1][-1].first_token
                 said, replied, matched = secret() + "s" * rng.choice([5, 500, 5000]), secret(), secret()
                 record = turn(
                     number,
@@ -71,6 +99,7 @@ def test_delete_leaves_no_byte_of_the_content_in_any_file(tmp_path: Path, clock:
                     digest=rng.randbytes(16),
                     reply_ids=tuple(rng.randrange(2**31) for _ in range(4)),
                 )
+                record = replace(record, turn_id=TurnId(secret()))
                 log.commit_turn(ConversationId(name), record, number).result()
                 ids = b"".join(token.to_bytes(4, "little") for token in record.reply_ids)
                 secrets += [said[:20].encode(), replied.encode(), matched.encode(), ids, record.digest]
@@ -84,7 +113,7 @@ def test_delete_leaves_no_byte_of_the_content_in_any_file(tmp_path: Path, clock:
                 assert not [content for content in secrets if content in after]
                 num_seen += sum(content in before for content in secrets)  # not cut in two by a page's end
                 num_erased += len(secrets)
-        assert num_seen > 0.9 * num_erased > 300
+        assert num_seen > 0.8 * num_erased > 300  # some of what was cut or replaced is gone by itself
         for name, (_, number, _) in alive.items():
             assert len(stored(log, name)[1]) == number
 
@@ -95,7 +124,8 @@ def test_content_lies_on_overflow_pages_only(tmp_path: Path, clock: FakeClock) -
         for n in range(50):
             name = ConversationId(f"c-{n}")
             sampling = SamplingParams(stop=("content",))
-            opened = conversation(name, system="content" if n % 2 else None, labels={"content": "content"})
+            system = "content" if n % 2 else None
+            opened = conversation(name, system=system, labels={"content": "content"}, tools=("content",))
             log.create(replace(opened, sampling=sampling))
             said = (Message("user", "content" * (n % 3) + "s" * 200 * n),)
             log.commit_turn(
@@ -211,7 +241,7 @@ def test_a_file_of_a_newer_program_is_refused_and_keeps_its_lock_free(
     TokenLog.open(tmp_path, clock=clock, migrations=newer).close()
     for _ in range(2):
         with pytest.raises(
-            DataDirError, match=r"schema version 2 and this program knows up to 1; run the newer"
+            DataDirError, match=r"schema version 3 and this program knows up to 2; run the newer"
         ):
             TokenLog.open(tmp_path, clock=clock)
     TokenLog.open(tmp_path, clock=clock, migrations=newer).close()
@@ -226,6 +256,66 @@ def test_an_older_file_is_migrated_once_and_keeps_its_conversations(tmp_path: Pa
             rows = log._submit(lambda c: [tuple(row) for row in c.execute("SELECT x FROM later")]).result()
             assert rows == [(7,)]
             assert stored(log, "c-1")[0] == conversation("c-1")
+
+
+INSERT_CONVERSATION_1 = """
+INSERT INTO conversations (id, tenant, fingerprint, created_at, updated_at, resume_token, num_turns,
+                           num_tokens, seq_mark, system, sampling, labels)
+VALUES ('c-1', 'local', 'f00d', 1.5, 2.25, 'secret', 1, 3, 7, 'Be brief.', '{"top_k": 20, "stop": ["END"]}',
+        '{"app": "test"}')
+"""
+INSERT_TURN_1 = """
+INSERT INTO turns (conversation_id, number, turn_id, first_token, finish_reason, usage, timing, created_at,
+                   done_seq, history_rewritten, digest, matched_stop, messages, reply_text, prompt_ids, reply_ids)
+VALUES ('c-1', 0, 't-0', 0, 1, '{"prompt_tokens": 2}', '{"ttft_s": 0.5}', 3.5, 7, 1, x'00ff', NULL,
+        '[["user", "hello"]]', 'hi', x'0100000002000000', x'03000000')
+"""
+
+
+def test_a_file_of_version_1_opens_with_all_it_has(tmp_path: Path, clock: FakeClock) -> None:
+    with closing(TokenLog.open(tmp_path, clock=clock, migrations=MIGRATIONS[:1])) as old:
+        for statement in (INSERT_CONVERSATION_1, INSERT_TURN_1):
+            old._submit(lambda connection, sql=statement: connection.execute(sql)).result()
+    for _ in range(2):
+        with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+            record, turns = stored(log, "c-1")
+            assert record == ConversationRecord(
+                id=ConversationId("c-1"),
+                tenant=Tenant("local"),
+                fingerprint="f00d",
+                system="Be brief.",
+                sampling=SamplingParams(top_k=20, stop=("END",)),
+                labels={"app": "test"},
+                created_at=1.5,
+                updated_at=2.25,
+                resume_token="secret",
+                num_turns=1,
+                num_tokens=3,
+                seq_mark=7,
+            )
+            assert turns == [
+                TurnRecord(
+                    turn_id=TurnId("t-0"),
+                    number=0,
+                    first_token=0,
+                    prompt_ids=(1, 2),
+                    reply_ids=(3,),
+                    messages=(Message("user", "hello"),),
+                    reply_text="hi",
+                    finish_reason=FinishReason.STOP_TOKEN,
+                    matched_stop=None,
+                    usage=Usage(prompt_tokens=2),
+                    timing=Timing(ttft_s=0.5),
+                    created_at=3.5,
+                    done_seq=7,
+                    digest=b"\x00\xff",
+                    history_rewritten=True,
+                )
+            ]
+    with closing(TokenLog.open(tmp_path, clock=clock)) as log:
+        log.commit_turn(ConversationId("c-1"), turn(1, 3), 8).result()
+        log.create(conversation("c-2")).result()
+        assert stored(log, "c-2")[0] == conversation("c-2")
 
 
 def test_a_migration_that_fails_leaves_the_older_version(tmp_path: Path, clock: FakeClock) -> None:
