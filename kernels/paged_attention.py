@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
-from kernels.native.library import AttentionArgs, Library
+from kernels.native.library import AttentionArgs
 
 _ROWS_AT_ONCE = 256  # bounds the score matrix of the reference: [G, 256 * H / G, keys] in fp32
 _MOST_POSITIONS = 2**31 - 1024  # positions are 32-bit in the C kernel, which rounds them up to whole chunks
@@ -49,7 +49,12 @@ class AttnMeta:
 
 
 def paged_attention_ref(
-    q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None = None
+    q: Tensor,
+    kv: Tensor,
+    meta: AttnMeta,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same in torch, one segment at a time; lse has at least fp32, fp64 for q in fp64."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -58,13 +63,19 @@ def paged_attention_ref(
     for segment, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         for row in range(begin, end, _ROWS_AT_ONCE):
             rows = slice(row, min(row + _ROWS_AT_ONCE, end))
-            attended = _attend(q[rows], kv, meta.block_tables[segment], meta.positions[rows], scale, window)
-            out[rows], lse[rows] = attended
+            at = meta.block_tables[segment], meta.positions[rows]
+            out[rows], lse[rows] = _attend(q[rows], kv, *at, scale, window, softcap)
     return out, lse
 
 
 def _attend(
-    q: Tensor, kv: Tensor, table: Tensor, positions: Tensor, scale: float, window: int | None
+    q: Tensor,
+    kv: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Rows of one segment, q [R, H, D] -> out [R, H, D], lse [R, H], both at least fp32."""
     rows, heads, size = q.shape
@@ -88,6 +99,8 @@ def _attend(
     # The heads that share a KV head become rows of one product: K and V are read once for all of them.
     folded = q.to(wide).view(rows, groups, heads // groups, size).permute(1, 0, 2, 3)  # [G, R, H / G, D]
     scores = (folded.flatten(1, 2) @ keys.mT).view(groups, rows, heads // groups, -1) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~seen[:, None], -torch.inf)
     lse = scores.logsumexp(dim=-1)  # [G, R, H / G]
     weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
@@ -96,13 +109,18 @@ def _attend(
 
 
 def paged_attention(
-    q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None = None
+    q: Tensor,
+    kv: Tensor,
+    meta: AttnMeta,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale * q K^T) V over the keys each row may see.
 
     q: [T, H, D]; kv: [B, 2, G, P, D] of q's dtype, keys at [:, 0], values at [:, 1]; query head h reads KV
     head h // (H / G).  The row at position p sees every position <= p whose block is present in its segment's
-    table and, with a window, > p - window.
+    table and, with a window, > p - window.  With a softcap c > 0, a score s becomes c * tanh(s / c).
     Returns out [T, H, D] in q's dtype and lse [T, H] fp32, the natural log of the sum of exponentials, as
     merge_state takes it.  A row that sees no key gives (0, -inf).  Slots that no row sees may hold NaN.
     The native kernel gives a row the same bits alone and in any batch, alone and among rows of its segment.
@@ -110,11 +128,11 @@ def paged_attention(
     """
     library = dispatch.library()
     if library is None or not _native_covers(q, kv):
-        return paged_attention_ref(q, kv, meta, scale, window)
-    key = (library, q.shape, q.dtype, kv.shape, kv.stride(0), scale, window)
+        return paged_attention_ref(q, kv, meta, scale, window, softcap)
+    key = (library, q.shape, q.dtype, kv.shape, kv.stride(0), scale, window, softcap)
     plan = meta.plans.get(key)
     if plan is None:
-        plan = meta.plans[key] = _plan(library, q, kv, meta, scale, window)
+        plan = meta.plans[key] = _plan(q, kv, meta, scale, window, softcap)
     q = q.contiguous()
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32)
     if library.paged_attention(plan, q.data_ptr(), kv.data_ptr(), out.data_ptr(), lse.data_ptr()):
@@ -127,10 +145,10 @@ def _native_covers(q: Tensor, kv: Tensor) -> bool:
 
 
 def _plan(
-    library: Library, q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None
+    q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None, softcap: float | None
 ) -> object:
     """What the native kernel needs to know beyond q and kv: checked once per step, used by every layer."""
-    _check(q, kv, meta, window)
+    _check(q, kv, meta, window, softcap)
     return ctypes.pointer(
         AttentionArgs(
             q_indptr=meta.q_indptr.data_ptr(),
@@ -147,11 +165,12 @@ def _plan(
             is_bf16=q.dtype == torch.bfloat16,
             threads=torch.get_num_threads(),
             scale=scale,
+            softcap=softcap or 0.0,
         )
     )
 
 
-def _check(q: Tensor, kv: Tensor, meta: AttnMeta, window: int | None) -> None:
+def _check(q: Tensor, kv: Tensor, meta: AttnMeta, window: int | None, softcap: float | None) -> None:
     """What the native kernel takes for granted.  Raises ValueError, which names the argument."""
     rows, heads, size = q.shape
     blocks, two, kv_heads, slots, kv_size = kv.shape
@@ -164,6 +183,8 @@ def _check(q: Tensor, kv: Tensor, meta: AttnMeta, window: int | None) -> None:
         raise ValueError(f"each block of kv must be contiguous, got strides {kv.stride()}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 or None, got {window}")
+    if softcap is not None and not 0 < softcap < torch.inf:
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
     lengths = meta.q_indptr.diff()
     if meta.q_indptr[0] != 0 or meta.q_indptr[-1] != rows or (lengths < 0).any():
         raise ValueError(f"q_indptr must ascend from 0 to {rows} rows, got {meta.q_indptr.tolist()}")

@@ -13,13 +13,13 @@ from kernels.native.library import NormArgs
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    return (normed.to(weight.dtype) * weight).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight.  x: [..., N], weight: [N], same dtype -> as x, contiguous.
+    """x / sqrt(mean(x^2) + eps) * weight.  x: [..., N], weight: [N] in x's dtype or fp32 -> as x, contiguous.
 
-    Normalised in fp32, rounded to x's dtype, then multiplied by weight: the order models are trained in.
+    Normalised in fp32, rounded to the weight's dtype, then multiplied by it: the order models are trained in.
     """
     library = dispatch.library()
     if library is None or not dispatch.covers(x):
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check(x, weight)
     rows = _rows(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
     out = torch.empty_like(rows)
-    args = _arguments(*rows.shape, rows.stride(0), 0, x.dtype, torch.get_num_threads(), eps)
+    args = _arguments(*rows.shape, rows.stride(0), 0, x.dtype, weight.dtype, torch.get_num_threads(), eps)
     library.rms_norm(args, rows.data_ptr(), None, weight.data_ptr(), out.data_ptr(), None)
     return out if x.dim() == 2 else out.view(x.shape)
 
@@ -44,14 +44,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         raise ValueError(f"x and residual must be [T, N] of one dtype, got {given}")
     x, residual = _rows(x), _rows(residual)
     out, total = torch.empty_like(x), torch.empty_like(x)
-    args = _arguments(*x.shape, x.stride(0), residual.stride(0), x.dtype, torch.get_num_threads(), eps)
+    strides = x.stride(0), residual.stride(0)
+    args = _arguments(*x.shape, *strides, x.dtype, weight.dtype, torch.get_num_threads(), eps)
     addresses = x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr()
     library.rms_norm(args, *addresses)
     return out, total
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dtype != weight.dtype or x.shape[-1:] != weight.shape or not weight.is_contiguous():
+    if (
+        x.shape[-1:] != weight.shape
+        or not weight.is_contiguous()
+        or weight.dtype not in (x.dtype, torch.float32)
+    ):
         given = f"{weight.dtype} {list(weight.shape)}"
         raise ValueError(f"x {x.dtype} {list(x.shape)} does not fit weight {given}")
 
@@ -63,7 +68,14 @@ def _rows(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=256)  # a step asks for the same two dozens of times
 def _arguments(
-    rows: int, size: int, x_stride: int, residual_stride: int, dtype: torch.dtype, threads: int, eps: float
+    rows: int,
+    size: int,
+    x_stride: int,
+    residual_stride: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    threads: int,
+    eps: float,
 ) -> object:
-    is_bf16 = dtype == torch.bfloat16
-    return ctypes.pointer(NormArgs(rows, size, x_stride, residual_stride, is_bf16, threads, eps))
+    are_bf16 = dtype == torch.bfloat16, weight_dtype == torch.bfloat16
+    return ctypes.pointer(NormArgs(rows, size, x_stride, residual_stride, *are_bf16, threads, eps))

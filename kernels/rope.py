@@ -18,37 +18,45 @@ def rope_ref(x: Tensor, cos_sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def rope_kv_write_ref(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, meta: AttnMeta) -> Tensor:
-    rotation = cos_sin[meta.positions]
+def rope_kv_write_ref(
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None, kv: Tensor, meta: AttnMeta
+) -> Tensor:
+    if cos_sin is not None:
+        q, k = (rope_ref(x, cos_sin[meta.positions]) for x in (q, k))
     kept = (meta.slots >= 0).nonzero().flatten()
     block, offset = meta.slots[kept] // kv.shape[3], meta.slots[kept] % kv.shape[3]
-    kv[block, 0, :, offset] = rope_ref(k, rotation)[kept]
+    kv[block, 0, :, offset] = k[kept]
     kv[block, 1, :, offset] = v[kept]
-    return rope_ref(q, rotation)
+    return q.contiguous()
 
 
-def rope_kv_write(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, meta: AttnMeta) -> Tensor:
+def rope_kv_write(
+    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None, kv: Tensor, meta: AttnMeta
+) -> Tensor:
     """Rotate q and k at meta.positions; write rotated k, and v, into kv at meta.slots; return rotated q.
 
     q: [T, H, D]; k, v: [T, G, D]; they may be views of one fused row.  cos_sin: [M, D] fp32, D/2 cosines
-    and D/2 sines of each position.  kv: [B, 2, G, P, D].  Computed in fp32, rounded once; slot -1 writes
-    nothing.  The result is contiguous.  Raises ValueError for arguments that do not fit together.
+    and D/2 sines of each position; None rotates nothing.  kv: [B, 2, G, P, D].  Computed in fp32, rounded
+    once; slot -1 writes nothing.  The result is contiguous.  Raises ValueError for arguments that do not fit
+    together.
     """
     library = dispatch.library()
     if library is None or not dispatch.covers(q):
         return rope_kv_write_ref(q, k, v, cos_sin, kv, meta)
     strides = q.stride(), k.stride(), v.stride(), kv.stride(0)
-    key = (q.shape, k.dtype, v.dtype, q.dtype, cos_sin.shape, kv.shape, strides)
+    turns = None if cos_sin is None else cos_sin.shape
+    key = (q.shape, k.dtype, v.dtype, q.dtype, turns, kv.shape, strides)
     plan = meta.plans.get(key)
     if plan is None:
         plan = meta.plans[key] = _plan(q, k, v, cos_sin, kv, meta)
     out = torch.empty_like(q)
-    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), cos_sin.data_ptr(), kv.data_ptr(), out.data_ptr()
+    angles = None if cos_sin is None else cos_sin.data_ptr()
+    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), angles, kv.data_ptr(), out.data_ptr()
     library.rope_kv_write(plan, *addresses)
     return out
 
 
-def _plan(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, meta: AttnMeta) -> object:
+def _plan(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None, kv: Tensor, meta: AttnMeta) -> object:
     """What the native kernel needs to know beyond addresses: checked once per step, used by every layer."""
     rows, heads, size = q.shape
     blocks, _, kv_heads, slots, _ = kv.shape
@@ -59,14 +67,12 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, meta: At
     if kv.shape != (blocks, 2, kv_heads, slots, size) or (blocks and not kv[0].is_contiguous()):
         given = f"{list(kv.shape)} with strides {kv.stride()}"
         raise ValueError(f"kv must be [B, 2, G, P, {size}] with contiguous blocks, got {given}")
-    if cos_sin.dtype != torch.float32 or cos_sin.shape[1] != size or not cos_sin.is_contiguous():
-        raise ValueError(f"cos_sin must be float32 [M, {size}], got {cos_sin.dtype} {list(cos_sin.shape)}")
+    if cos_sin is not None:
+        _check_angles(cos_sin, size, meta.positions)
     if rows != meta.positions.numel():
         raise ValueError(f"q has {rows} rows, meta has {meta.positions.numel()}")
     if rows:
-        least, most, slot = int(meta.positions.min()), int(meta.positions.max()), int(meta.slots.max())
-        if least < 0 or most >= len(cos_sin):
-            raise ValueError(f"positions {least} .. {most} are not all in the {len(cos_sin)} rows of cos_sin")
+        slot = int(meta.slots.max())
         if slot >= blocks * slots:
             raise ValueError(f"slot {slot} is beyond the {blocks} blocks of {slots} slots of kv")
     return ctypes.pointer(
@@ -86,3 +92,11 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor, kv: Tensor, meta: At
             threads=torch.get_num_threads(),
         )
     )
+
+
+def _check_angles(cos_sin: Tensor, size: int, positions: Tensor) -> None:
+    if cos_sin.dtype != torch.float32 or cos_sin.shape[1] != size or not cos_sin.is_contiguous():
+        raise ValueError(f"cos_sin must be float32 [M, {size}], got {cos_sin.dtype} {list(cos_sin.shape)}")
+    least, most = (int(positions.min()), int(positions.max())) if positions.numel() else (0, -1)
+    if least < 0 or most >= len(cos_sin):
+        raise ValueError(f"positions {least} .. {most} are not all in the {len(cos_sin)} rows of cos_sin")

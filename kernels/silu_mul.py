@@ -1,4 +1,7 @@
-"""Gated activation: silu of one half times the other, over one fused tensor."""
+"""Gated activations: silu or gelu of one half times the other, over one fused tensor."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +17,30 @@ def silu_mul_ref(x: Tensor) -> Tensor:
 
 def silu_mul(x: Tensor) -> Tensor:
     """silu(gate) * up.  x: [T, 2F], the gate first -> [T, F] in x's dtype."""
+    library = dispatch.library()
+    return _gate(x, silu_mul_ref, None if library is None else library.silu_mul)
+
+
+def gelu_mul_ref(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def gelu_mul(x: Tensor) -> Tensor:
+    """The same with gelu in its tanh approximation."""
+    library = dispatch.library()
+    return _gate(x, gelu_mul_ref, None if library is None else library.gelu_mul)
+
+
+def _gate(x: Tensor, ref: Callable[[Tensor], Tensor], native: Any) -> Tensor:
     rows, width = x.shape
     if width % 2:
         raise ValueError(f"x must have two halves, gate and up, got {width} columns")
-    library = dispatch.library()
-    if library is None or not dispatch.covers(x):
-        return silu_mul_ref(x)
+    if native is None or not dispatch.covers(x):
+        return ref(x)
     if x.stride(1) != 1:
         x = x.contiguous()
     out = torch.empty((rows, width // 2), dtype=x.dtype)
     is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-    library.silu_mul(x.data_ptr(), out.data_ptr(), rows, width // 2, x.stride(0), is_bf16, threads)
+    native(x.data_ptr(), out.data_ptr(), rows, width // 2, x.stride(0), is_bf16, threads)
     return out

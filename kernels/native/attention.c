@@ -22,7 +22,7 @@ struct attention { /* mirrored by kernels/native/library.py; strides in elements
     int64_t block_stride;
     int64_t window; /* 0: none */
     int64_t is_bf16, threads;
-    float scale;
+    float scale, softcap; /* 0: none */
 };
 
 struct rows { /* up to ROWS of one segment and KV head: row f is token f / group, query head f % group */
@@ -117,6 +117,12 @@ static int load_tile(const struct attention *a, struct rows rows, const char *kv
     return blocks;
 }
 
+/* Row r's scores become softcap * tanh(scale * score / softcap), but for the factor softcap. */
+INLINE void cap(const struct attention *a, int columns, int r, struct scratch *w) {
+    float *scores = w->scores + r * KEYS;
+    for (int k = 0; k < columns; k += VL) store(scores + k, tanh_(load(scores + k) * (a->scale / a->softcap)));
+}
+
 /* Row r's scores become weights 2^(factor * score - largest), and its state moves to the new largest.  The row sees
  * the present keys in [low, high) of the tile. */
 INLINE void weigh(const bool pairs, float factor, int columns, int low, int high, int r, int width,
@@ -164,7 +170,9 @@ INLINE void attend_tile(const bool pairs, const struct attention *a, struct rows
     multiply(pairs, true, rows.count, columns, steps, w->q, steps, w->keys, KEYS, w->scores, KEYS);
     for (int r = 0; r < rows.count; r++) {
         int end = position_of(a, rows, r) + 1, begin = a->window ? end - (int)a->window : 0;
-        weigh(pairs, a->scale * 1.44269504f, columns, begin - base, end - base, r, width, w);
+        if (a->softcap) cap(a, columns, r, w);
+        float factor = (a->softcap ? a->softcap : a->scale) * 1.44269504f;
+        weigh(pairs, factor, columns, begin - base, end - base, r, width, w);
     }
     const uint32_t *weights = (const uint32_t *)w->scores;
     int weight_steps = pairs ? columns / 2 : columns;

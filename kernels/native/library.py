@@ -16,6 +16,7 @@ class AttentionArgs(ctypes.Structure):
         *((name, c_int64) for name in ("segments", "table_width", "heads", "kv_heads", "size", "slots")),
         *((name, c_int64) for name in ("block_stride", "window", "is_bf16", "threads")),
         ("scale", c_float),
+        ("softcap", c_float),
     )
 
 
@@ -32,7 +33,8 @@ class NormArgs(ctypes.Structure):
     """struct norm of rowwise.c."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("rows", "size", "x_stride", "residual_stride", "is_bf16", "threads")),
+        *((name, c_int64) for name in ("rows", "size", "x_stride", "residual_stride")),
+        *((name, c_int64) for name in ("is_bf16", "weight_is_bf16", "threads")),
         ("eps", c_float),
     )
 
@@ -58,7 +60,8 @@ class Library:
     paged_attention: Any  # (AttentionArgs, q, kv, out, lse) -> 0, or -1 when memory runs out
     rms_norm: Any  # (NormArgs, x, residual | None, weight, out, total | None)
     silu_mul: Any  # (x, out, rows, size, stride, is_bf16, threads)
-    rope_kv_write: Any  # (RopeArgs, q, k, v, cos_sin, kv, out)
+    gelu_mul: Any  # the same
+    rope_kv_write: Any  # (RopeArgs, q, k, v, cos_sin | None, kv, out)
     linear: Any  # (LinearArgs, x, out, rows, threads); None without AMX
     pack_linear: Any  # (weight, packed, N, K, stride, threads); None without AMX
 
@@ -80,6 +83,7 @@ def load(isa: InstructionSet) -> Library:
         function("paged_attention", c_int, POINTER(AttentionArgs), *[c_void_p] * 4),
         function("rms_norm", None, POINTER(NormArgs), *[c_void_p] * 5),
         function("silu_mul", None, *[c_void_p] * 2, *[c_int64] * 5),
+        function("gelu_mul", None, *[c_void_p] * 2, *[c_int64] * 5),
         function("rope_kv_write", None, POINTER(RopeArgs), *[c_void_p] * 6),
         function("linear", None, POINTER(LinearArgs), *[c_void_p] * 2, *[c_int64] * 2) if has_tiles else None,
         function("pack_linear", None, *[c_void_p] * 2, *[c_int64] * 4) if has_tiles else None,

@@ -14,12 +14,12 @@ INLINE lanes rounded(lanes x, int is_bf16) { return is_bf16 ? (lanes)(bf16_bits(
 enum { WORTH_A_THREAD = 1 << 15 }; /* elements: below this, waking threads costs more than they save */
 
 struct norm { /* mirrored by kernels/native/library.py */
-    int64_t rows, size, x_stride, residual_stride, is_bf16, threads;
+    int64_t rows, size, x_stride, residual_stride, is_bf16, weight_is_bf16, threads;
     float eps;
 };
 
-INLINE void norm_row(const int is_bf16, int size, float eps, const void *x, const void *residual, const void *weight,
-                     void *out, void *total) {
+INLINE void norm_row(const int is_bf16, const int weight_is_bf16, int size, float eps, const void *x,
+                     const void *residual, const void *weight, void *out, void *total) {
     lanes squares[4] = {splat(0), splat(0), splat(0), splat(0)};
     for (int d = 0; d < size; d += VL) {
         int n = smaller(VL, size - d);
@@ -35,8 +35,9 @@ INLINE void norm_row(const int is_bf16, int size, float eps, const void *x, cons
     const void *from = residual ? total : x;
     for (int d = 0; d < size; d += VL) {
         int n = smaller(VL, size - d);
-        lanes v = rounded(load_as_float(at(from, d, is_bf16), n, is_bf16) * scale, is_bf16);
-        store_as(to(out, d, is_bf16), v * load_as_float(at(weight, d, is_bf16), n, is_bf16), n, is_bf16);
+        lanes v = rounded(load_as_float(at(from, d, is_bf16), n, is_bf16) * scale, weight_is_bf16);
+        lanes by = load_as_float(at(weight, d, weight_is_bf16), n, weight_is_bf16);
+        store_as(to(out, d, is_bf16), v * by, n, is_bf16);
     }
 }
 
@@ -47,19 +48,25 @@ void rms_norm(const struct norm *a, const void *x, const void *residual, const v
         const void *row = at(x, t * a->x_stride, a->is_bf16);
         const void *add = residual ? at(residual, t * a->residual_stride, a->is_bf16) : 0;
         void *result = to(out, t * a->size, a->is_bf16), *sum = to(total, t * a->size, a->is_bf16);
-        if (a->is_bf16) norm_row(1, a->size, a->eps, row, add, weight, result, sum);
-        else norm_row(0, a->size, a->eps, row, add, weight, result, sum);
+        if (a->weight_is_bf16) norm_row(1, 1, a->size, a->eps, row, add, weight, result, sum);
+        else if (a->is_bf16) norm_row(1, 0, a->size, a->eps, row, add, weight, result, sum);
+        else norm_row(0, 0, a->size, a->eps, row, add, weight, result, sum);
     }
 }
 
-INLINE lanes silu(lanes x) {
-    lanes power = x * -1.44269504f;
+/* x / (1 + e^-y) */
+INLINE lanes gated(lanes x, lanes y) {
+    lanes power = y * -1.44269504f;
     power = choose((bits)(power > splat(126)), splat(126), power); /* 2^126 already makes the quotient vanish */
     return x / (1 + exp2_(power));
 }
 
-/* out [rows, size] = silu(x[:, :size]) * x[:, size:]. */
-void silu_mul(const void *x, void *out, int64_t rows, int64_t size, int64_t stride, int64_t is_bf16, int64_t threads) {
+INLINE lanes silu(lanes x) { return gated(x, x); }
+INLINE lanes gelu_tanh(lanes x) { return gated(x, x * 1.59576912f * fma_(x * x, splat(0.044715f), splat(1))); }
+
+/* out [rows, size] = activation(x[:, :size]) * x[:, size:]. */
+INLINE void gate_rows(lanes (*const activation)(lanes), const void *x, void *out, int64_t rows, int64_t size,
+                      int64_t stride, int64_t is_bf16, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows * size > WORTH_A_THREAD)
     for (int64_t t = 0; t < rows; t++) {
         const void *gate = at(x, t * stride, is_bf16), *up = at(x, t * stride + size, is_bf16);
@@ -68,9 +75,17 @@ void silu_mul(const void *x, void *out, int64_t rows, int64_t size, int64_t stri
             int n = smaller(VL, size - d);
             lanes g = load_as_float(at(gate, d, is_bf16), n, is_bf16);
             lanes u = load_as_float(at(up, d, is_bf16), n, is_bf16);
-            store_as(to(row, d, is_bf16), silu(g) * u, n, is_bf16);
+            store_as(to(row, d, is_bf16), activation(g) * u, n, is_bf16);
         }
     }
+}
+
+void silu_mul(const void *x, void *out, int64_t rows, int64_t size, int64_t stride, int64_t is_bf16, int64_t threads) {
+    gate_rows(silu, x, out, rows, size, stride, is_bf16, threads);
+}
+
+void gelu_mul(const void *x, void *out, int64_t rows, int64_t size, int64_t stride, int64_t is_bf16, int64_t threads) {
+    gate_rows(gelu_tanh, x, out, rows, size, stride, is_bf16, threads);
 }
 
 struct rope { /* mirrored by kernels/native/library.py */
@@ -80,6 +95,10 @@ struct rope { /* mirrored by kernels/native/library.py */
 };
 
 INLINE void rotate(const int is_bf16, int half, const void *x, const float *cos_sin, void *out) {
+    if (!cos_sin) {
+        __builtin_memcpy(out, x, bytes(2 * half, is_bf16));
+        return;
+    }
     for (int d = 0; d < half; d += VL) {
         int n = smaller(VL, half - d);
         lanes first = load_as_float(at(x, d, is_bf16), n, is_bf16);
@@ -90,13 +109,13 @@ INLINE void rotate(const int is_bf16, int half, const void *x, const float *cos_
     }
 }
 
-/* q [T, H, D] rotated into out; k rotated and v copied into their slots of kv [B, 2, G, P, D]. */
+/* q [T, H, D] rotated into out; k rotated and v copied into their slots of kv [B, 2, G, P, D].  No cos_sin: copied. */
 void rope_kv_write(const struct rope *a, const void *q, const void *k, const void *v, const float *cos_sin, void *kv,
                    void *out) {
     int64_t half = a->size / 2, per_block = a->slots_per_block * a->size;
 #pragma omp parallel for num_threads(a->threads) if (a->threads > 1 && a->rows * a->heads * a->size > WORTH_A_THREAD)
     for (int64_t t = 0; t < a->rows; t++) {
-        const float *turn = cos_sin + a->positions[t] * a->size;
+        const float *turn = cos_sin ? cos_sin + a->positions[t] * a->size : 0;
         for (int64_t h = 0; h < a->heads; h++)
             rotate(a->is_bf16, half, at(q, t * a->q_stride + h * a->size, a->is_bf16), turn,
                    to(out, (t * a->heads + h) * a->size, a->is_bf16));

@@ -125,6 +125,13 @@ INLINE lanes exp2_(lanes x) {
     return choose(vanished, splat(0.0f), (lanes)((bits)y + (to_int(whole) << 23)));
 }
 
+/* tanh(x) = 1 - 2 / (e^2x + 1), to about 2^-23 of 1, not of the result. */
+INLINE lanes tanh_(lanes x) {
+    lanes power = x * (2 * 1.44269504f);
+    power = choose((bits)(power > splat(126)), splat(126), power); /* 2^126 already makes the quotient vanish */
+    return 1 - 2 / (exp2_(power) + 1);
+}
+
 /* VL x VL transpose of 32-bit values, in place. */
 INLINE void transpose(bits v[VL]) {
     bits t[VL];

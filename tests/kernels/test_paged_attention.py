@@ -8,17 +8,23 @@ from kernels.merge_state import merge_state
 from kernels.paged_attention import AttnMeta, paged_attention, paged_attention_ref
 from tests.kernels.cases import DTYPES, Paged, assert_within_noise, builds, needs_native, paged
 
-# heads, kv heads, size, slots, window, share of lost blocks: every value that matters occurs, not every pair
-SHAPES = [
-    (2, 2, 64, 32, None, 0.0),
-    (4, 2, 16, 16, None, 0.2),
-    (8, 2, 128, 64, None, 0.0),
-    (14, 2, 64, 32, None, 0.1),
-    (8, 1, 80, 32, None, 0.0),
-    (4, 4, 8, 16, None, 0.3),
-    (4, 2, 64, 32, 100, 0.0),
-    (7, 1, 80, 16, 7, 0.2),
-    (8, 1, 128, 64, 600, 0.3),
+# heads, kv heads, size, slots, window, soft cap, share of lost blocks: every value that matters occurs, not
+# every pair
+Shape = tuple[int, int, int, int, int | None, float | None, float]
+SHAPES: list[Shape] = [
+    (2, 2, 64, 32, None, None, 0.0),
+    (4, 2, 16, 16, None, None, 0.2),
+    (8, 2, 128, 64, None, None, 0.0),
+    (14, 2, 64, 32, None, None, 0.1),
+    (8, 1, 80, 32, None, None, 0.0),
+    (4, 4, 8, 16, None, None, 0.3),
+    (4, 2, 64, 32, 100, None, 0.0),
+    (7, 1, 80, 16, 7, None, 0.2),
+    (8, 1, 128, 64, 600, None, 0.3),
+    (4, 4, 96, 32, 33, None, 0.1),
+    (4, 2, 256, 32, None, 50.0, 0.0),
+    (2, 1, 256, 16, 100, 2.0, 0.2),
+    (6, 2, 24, 64, None, 0.5, 0.3),
 ]
 
 
@@ -33,11 +39,11 @@ def poisoned_memory() -> object:
         torch.use_deterministic_algorithms(False)
 
 
-def attend(case: Paged, window: int | None = None) -> tuple[Tensor, Tensor]:
-    return paged_attention(case.q, case.kv, case.meta, case.scale, window)
+def attend(case: Paged, window: int | None = None, softcap: float | None = None) -> tuple[Tensor, Tensor]:
+    return paged_attention(case.q, case.kv, case.meta, case.scale, window, softcap)
 
 
-def one_by_one(case: Paged, window: int | None) -> tuple[Tensor, Tensor]:
+def one_by_one(case: Paged, window: int | None, softcap: float | None) -> tuple[Tensor, Tensor]:
     """The contract read aloud, in float64: row by row, head by head, key by key."""
     q, kv, meta = case.q.double(), case.kv.double(), case.meta
     slots, group = kv.shape[3], q.shape[1] // kv.shape[2]
@@ -54,15 +60,18 @@ def one_by_one(case: Paged, window: int | None) -> tuple[Tensor, Tensor]:
                     torch.stack([kv[b, which, head // group, o] for b, o in at]) for which in (0, 1)
                 )
                 scores = keys @ q[row, head] * case.scale
+                if softcap is not None:
+                    scores = softcap * (scores / softcap).tanh()
                 out[row, head], lse[row, head] = scores.softmax(0) @ values, scores.logsumexp(0)
     return out, lse
 
 
+@pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("window", [None, 9])
-def test_the_reference_does_what_the_contract_says(window: int | None) -> None:
+def test_the_reference_does_what_the_contract_says(window: int | None, softcap: float | None) -> None:
     case = paged([5, 1, 20], [0, 40, 17], holes=0.3).to(torch.float64)
-    out, lse = paged_attention_ref(case.q, case.kv, case.meta, case.scale, window)
-    expected_out, expected_lse = one_by_one(case, window)
+    out, lse = paged_attention_ref(case.q, case.kv, case.meta, case.scale, window, softcap)
+    expected_out, expected_lse = one_by_one(case, window, softcap)
     torch.testing.assert_close(out, expected_out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
 
@@ -70,10 +79,8 @@ def test_the_reference_does_what_the_contract_says(window: int | None) -> None:
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_build_agrees_with_float64(
-    shape: tuple[int, int, int, int, int | None, float], dtype: torch.dtype, poisoned_memory: object
-) -> None:
-    heads, kv_heads, size, slots, window, holes = shape
+def test_every_build_agrees_with_float64(shape: Shape, dtype: torch.dtype, poisoned_memory: object) -> None:
+    heads, kv_heads, size, slots, window, softcap, holes = shape
     case = paged(
         [5, 1, 33, 129, 1],
         [0, 700, 100, 470, 0],
@@ -86,8 +93,10 @@ def test_every_build_agrees_with_float64(
     for _ in builds():
         for which in (0, 1):
             assert_within_noise(
-                attend(case, window)[which],
-                lambda q, kv, which=which: paged_attention_ref(q, kv, case.meta, case.scale, window)[which],
+                attend(case, window, softcap)[which],
+                lambda q, kv, which=which: paged_attention_ref(q, kv, case.meta, case.scale, window, softcap)[
+                    which
+                ],
                 case.q,
                 case.kv,
             )
@@ -99,8 +108,8 @@ def test_every_build_agrees_with_float64(
 def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype, heads: int) -> None:
     case = paged([40, 1, 70], [0, 1100, 500], heads=heads, size=64, slots=32, holes=0.1).to(dtype)
     for _ in builds():
-        for window in (None, 90):
-            together = attend(case, window)
+        for window, softcap in ((None, None), (90, None), (None, 3.0)):
+            together = attend(case, window, softcap)
             for segment, begin, end in (
                 (0, 39, 40),
                 (0, 7, 30),
@@ -109,7 +118,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype, head
                 (2, 69, 70),
                 (2, 3, 68),
             ):
-                alone = attend(case.rows(segment, begin, end), window)
+                alone = attend(case.rows(segment, begin, end), window, softcap)
                 start = int(case.meta.q_indptr[segment])
                 for whole, part in zip(together, alone, strict=True):
                     assert torch.equal(whole[start + begin : start + end], part), (segment, begin, end)
@@ -142,8 +151,39 @@ def test_segments_may_share_blocks() -> None:
     shared = case.with_tables(case.meta.block_tables[:1].repeat(2, 1))
     shared.q[1] = shared.q[0]
     for _ in builds():
-        out, lse = attend(shared)
-        assert torch.equal(out[0], out[1]) and torch.equal(lse[0], lse[1])
+        for window in (None, 40):
+            out, lse = attend(shared, window)
+            assert torch.equal(out[0], out[1]) and torch.equal(lse[0], lse[1])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_lies_before_every_window_may_be_lost_or_not_a_number(dtype: torch.dtype) -> None:
+    case = paged([1, 40], [1100, 130], size=64, slots=32).to(dtype)
+    window = 50
+    lost = case.meta.block_tables.clone()
+    for segment, cached in enumerate([1100, 130]):
+        unseen = (cached - window + 1) // 32
+        assert unseen > 1
+        case.kv[lost[segment, 0]] = torch.nan
+        lost[segment, 1:unseen] = -1
+    for _ in builds():
+        for whole, part in zip(attend(case, window), attend(case.with_tables(lost), window), strict=True):
+            assert whole.isfinite().all() and torch.equal(whole, part)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_soft_cap_holds_for_scores_beyond_any_exponential(dtype: torch.dtype) -> None:
+    case = paged([2], [300], size=64, slots=32).to(dtype)
+    case.q.mul_(1e4)
+    for _ in builds():
+        assert_within_noise(
+            attend(case, softcap=2.0)[0],
+            lambda q, kv: paged_attention_ref(q, kv, case.meta, case.scale, None, 2.0)[0],
+            case.q,
+            case.kv,
+        )
 
 
 @needs_native
@@ -258,6 +298,8 @@ def test_arguments_that_do_not_fit_are_refused_with_their_values() -> None:
         for args, window, message in refused:
             with pytest.raises(ValueError, match=message):
                 paged_attention(*args, 0.25, window)
+        with pytest.raises(ValueError, match=r"softcap must be a positive number or None, got 0\.0"):
+            paged_attention(q, kv, meta, 0.25, softcap=0.0)
 
 
 def test_meta_of_another_dtype_is_refused_by_name() -> None:

@@ -10,7 +10,7 @@ from kernels import dispatch
 from kernels.paged_attention import AttnMeta
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_ref
 from kernels.rope import rope_kv_write, rope_kv_write_ref, rope_ref
-from kernels.silu_mul import silu_mul, silu_mul_ref
+from kernels.silu_mul import gelu_mul, gelu_mul_ref, silu_mul, silu_mul_ref
 from tests.kernels.cases import DTYPES, assert_within_noise, builds, needs_native
 
 SIZES = [8, 90, 768, 1000]  # multiples of no vector, of one, of several
@@ -30,16 +30,35 @@ def test_norms_and_activation_agree_with_float64(size: int, dtype: torch.dtype) 
         assert torch.equal(total, x + residual)
         assert_within_noise(normed, rms_norm_ref, total, weight, 1e-5)
         assert_within_noise(silu_mul(wide), silu_mul_ref, wide)
+        assert_within_noise(gelu_mul(wide), gelu_mul_ref, wide)
+
+
+@needs_native
+def test_a_weight_in_float32_multiplies_a_norm_before_it_is_rounded() -> None:
+    x, residual = torch.randn(5, 96).bfloat16(), torch.randn(5, 96).bfloat16()
+    weight = 1 + torch.randn(96)
+    for _ in builds():
+        for normed, of in (
+            (rms_norm(x, weight, 1e-6), x),
+            (add_rms_norm(x, residual, weight, 1e-6)[0], x + residual),
+        ):
+            assert normed.dtype == torch.bfloat16
+            exact = rms_norm_ref(of.double(), weight.double(), 1e-6)
+            assert (normed.double() - exact).abs().max() <= 2**-8 * exact.abs().max(), "rounded once"
+            torch.testing.assert_close(normed, exact.bfloat16(), rtol=2**-7, atol=0)
+            assert (normed == exact.bfloat16()).float().mean() > 0.99
 
 
 @needs_native
 def test_activation_is_finite_where_the_exponential_is_not() -> None:
     gate = torch.tensor([-1e30, -200.0, -90.0, -20.0, 0.0, 90.0, 200.0, 1e30])
     for _ in builds():
-        out = silu_mul(torch.cat([gate, torch.ones(8)])[None])
+        both = torch.cat([gate, torch.ones(8)])[None]
         torch.testing.assert_close(
-            out[0], gate.clamp_min(-200).double().sigmoid().float() * gate, rtol=1e-5, atol=1e-7
+            silu_mul(both)[0], gate.clamp_min(-200).double().sigmoid().float() * gate, rtol=1e-5, atol=1e-7
         )
+        expected = torch.nn.functional.gelu(gate.clamp_min(-200).double(), approximate="tanh").float()
+        torch.testing.assert_close(gelu_mul(both)[0], expected, rtol=1e-5, atol=1e-7)
 
 
 @needs_native
@@ -54,6 +73,7 @@ def test_rows_have_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> N
         lambda rows: rms_norm(x[rows], weight, 1e-6),
         lambda rows: add_rms_norm(x[rows], residual[rows], weight, 1e-6)[0],
         lambda rows: silu_mul(x[rows]),
+        lambda rows: gelu_mul(x[rows]),
     ]
     for _ in builds():
         for op in ops:
@@ -113,6 +133,21 @@ def test_rotation_and_write_do_what_the_reference_does(size: int, dtype: torch.d
         assert torch.equal(actual[:, 1][written[:, 1]], expected_kv[:, 1][written[:, 1]])
         tolerance = 1e-6 if dtype == torch.float32 else 2**-8
         torch.testing.assert_close(actual, expected_kv, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_angles_queries_and_keys_stay_as_they_are(dtype: torch.dtype) -> None:
+    q, k, v, _, kv, meta = rope_case(24, dtype)
+    expected_kv = kv.clone()
+    assert torch.equal(rope_kv_write_ref(q, k, v, None, expected_kv, meta), q)
+    written = ~expected_kv.isnan()
+    assert torch.equal(expected_kv[0, 0, :, 5], k[0]) and torch.equal(expected_kv[0, 1, :, 5], v[0])
+    for _ in builds():
+        actual = kv.clone()
+        out = rope_kv_write(q, k, v, None, actual, meta)
+        assert torch.equal(out, q) and out.is_contiguous()
+        assert torch.equal(written, ~actual.isnan()) and torch.equal(actual[written], expected_kv[written])
 
 
 @needs_native
