@@ -7,20 +7,21 @@ one waiting.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from engine.batch import StepResult
 from engine.core import EngineCore, TokenEvent
 from engine.errors import EngineStopped
 from engine.scheduler import Step
+from engine.step_thread import StepThread
 
 
 class StepLoop:
     """An async context manager that owns the loop's task and the step thread.
 
     `on_step(step, result, events)` is called on the loop after every step and must not block.  If a step
-    raises, or takes longer than `stall_s` seconds, the loop ends, `failed` holds the reason and
-    `on_failure` is called once.
+    raises or takes longer than `stall_s` seconds, or turns wait so long while no step can be planned, the
+    loop ends, `failed` holds the reason and `on_failure` is called once.
     """
 
     def __init__(
@@ -38,30 +39,33 @@ class StepLoop:
         self._on_failure = on_failure
         self._run_ahead = run_ahead
         self._stall_s = stall_s
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="step", initializer=thread_setup)
+        self._thread_setup = thread_setup
         self._wake = asyncio.Event()
         self._stopping = False
+        self._thread: StepThread | None = None
         self._task: asyncio.Task[None] | None = None
         self.failed: EngineStopped | None = None
 
     async def __aenter__(self) -> "StepLoop":
-        self._task = asyncio.create_task(self._run(), name="step-loop")
+        self._thread = StepThread()
+        self._task = asyncio.create_task(self._run(self._thread), name="step-loop")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._stopping = True
         self._wake.set()
-        assert self._task is not None
+        assert self._task is not None and self._thread is not None
         await self._task
-        self._thread.shutdown(wait=self.failed is None, cancel_futures=True)
+        self._thread.close(wait=self.failed is None)
 
     def wake(self) -> None:
         """There may be something to compute."""
         self._wake.set()
 
-    async def _run(self) -> None:
+    async def _run(self, thread: StepThread) -> None:
         try:
-            await self._steps()
+            await asyncio.wrap_future(thread.submit(self._thread_setup))
+            await self._steps(thread)
         except Exception as error:
             self.failed = EngineStopped(
                 f"the engine has failed and the server ends: {error or type(error).__name__}"
@@ -69,8 +73,7 @@ class StepLoop:
             self.failed.__cause__ = error
             self._on_failure(self.failed)
 
-    async def _steps(self) -> None:
-        loop = asyncio.get_running_loop()
+    async def _steps(self, thread: StepThread) -> None:
         launched: deque[tuple[Step, asyncio.Future[StepResult]]] = deque()
         while launched or not self._stopping:
             self._wake.clear()
@@ -78,9 +81,10 @@ class StepLoop:
                 step = self._core.plan()
                 if step is None:
                     break
-                launched.append((step, loop.run_in_executor(self._thread, self._core.execute, step)))
+                computing = thread.submit(partial(self._core.execute, step))
+                launched.append((step, asyncio.wrap_future(computing)))
             if not launched:
-                await self._wake.wait()
+                await self._nap()
                 continue
             step, future = launched.popleft()
             try:
@@ -91,3 +95,13 @@ class StepLoop:
                     f"made no progress for {self._stall_s:g} s"
                 ) from None
             self._on_step(step, result, self._core.apply(step, result))
+
+    async def _nap(self) -> None:
+        """Until something has changed.  Turns that wait while nothing runs must not wait for long."""
+        num_waiting = self._core.scheduler.num_waiting
+        try:
+            await asyncio.wait_for(self._wake.wait(), self._stall_s if num_waiting else None)
+        except TimeoutError:
+            raise TimeoutError(
+                f"{num_waiting} turns wait, and for {self._stall_s:g} s no step could be planned"
+            ) from None
