@@ -1,20 +1,20 @@
 """One conversation, seen from the client.
 
-A chat reads its stream only while a reply is being read, so it needs no task of its own.  When the connection
-is lost, it attaches again after the last event it saw and sends the turn again under the same id, which the
-server answers with the same outcome.
+A chat reads its stream while it waits for something, so it needs no task of its own.  When the connection
+is lost, it attaches again after the last event it saw and asks again: for a turn under the same id, which the
+server answers with the same outcome; what has no id changes nothing the second time.
 """
 
 import asyncio
-import uuid
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Unpack
+from typing import Any, Unpack
 
 from rpc._generated import continuo_pb2 as pb
-from rpc.converse_call import Call, ConverseCall
+from rpc.converse_call import Call, ConverseCall, wait
 from rpc.failure import (
+    AlreadyExists,
     ContinuoError,
     FailedPrecondition,
     Internal,
@@ -22,17 +22,22 @@ from rpc.failure import (
     Unavailable,
     error_of_message,
 )
-from rpc.reply import Reply, ReplyEvent
-from rpc.request import Sampling, set_input
+from rpc.outcome import Turn
+from rpc.reply import Reply, ReplyEvent, event_of
+from rpc.request import Sampling, fork_request, labels_of, new_id, set_input, set_point
 
-# Seconds before each new attempt; when they run out, the error is raised.
 Pauses = Callable[[], Iterator[float]]
 
 
 class Chat:
-    """A conversation, attached by `ContinuoClient.open` or `.resume`.  One reply at a time."""
+    """A conversation, attached by `ContinuoClient.open` or `.resume`, or by `fork`.  One thing at a time."""
 
-    def __init__(self, connect: Callable[[], Call], pauses: Pauses) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], Call],
+        pauses: Pauses,
+        fork: Callable[[pb.ForkRequest], Awaitable["Chat"]],
+    ) -> None:
         self.id = ""
         self.resume_token = ""
         self.committed_tokens = 0
@@ -40,32 +45,86 @@ class Chat:
         self.context_left = 0
         self._connect = connect
         self._pauses = pauses
+        self._fork = fork
         self._call: ConverseCall | None = None
         self._last_seq = 0
+        self._standing_seq = 0  # what came up to here is in the numbers above
         self._turn_id = ""  # of the turn in flight
         self._reader: Callable[[], Reply | None] = lambda: None  # whoever holds the reply to it
+        self._asking = ""  # what else is in flight
         self._given_up = ""  # a turn that nobody reads any more; the server may still be answering it
 
     def say(
         self,
         text: str | None = None,
         *,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         token_ids: Sequence[int] | None = None,
         timeout: float | None = None,
         turn_id: str | None = None,
         **sampling: Unpack[Sampling],
     ) -> Reply:
-        """Says `text`, or `messages` (role, content), or `token_ids` as they are; returns the reply to come.
+        """Says `text`, or `messages`, or `token_ids` as they are; returns the reply to come.
 
-        `timeout`: seconds after which the reply ends with DEADLINE and what it has.  A `turn_id` of your own
-        makes it safe to say the same again, even from another process.
+        A message has role and content, and may have name, tool_call_id and tool_calls (dicts).  `timeout`:
+        seconds after which the reply ends with DEADLINE and what it has.  A `turn_id` of your own makes it
+        safe to say the same again, even from another process.
         """
-        turn = pb.Turn(turn_id=turn_id or f"t-{uuid.uuid4().hex[:12]}", sampling=sampling, timeout_s=timeout)
+        turn = pb.Turn(turn_id=turn_id or new_id("t"), sampling=sampling, timeout_s=timeout)
         set_input(turn, text, messages, token_ids)
-        reply = Reply()
-        reply.events = self._answer(turn, weakref.ref(reply))
-        return reply
+        return self._reply(turn.turn_id, pb.ClientEvent(turn=turn))
+
+    async def append(
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        token_ids: Sequence[int] | None = None,
+        turn_id: str | None = None,
+    ) -> Turn:
+        """Adds to the history without asking for a reply.  Arguments as in `say`."""
+        append = pb.Append(turn_id=turn_id or new_id("t"))
+        set_input(append, text, messages, token_ids)
+        return await self._reply(append.turn_id, pb.ClientEvent(append=append))
+
+    def regenerate(
+        self,
+        *,
+        replaces: str | None = None,
+        timeout: float | None = None,
+        turn_id: str | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> Reply:
+        """Another reply to what turn `replaces` said, or the last one.
+
+        That turn and all behind it give way once the new reply is complete; if it fails they stand.
+        """
+        again = pb.Regenerate(
+            turn_id=turn_id or new_id("t"), replaces=replaces, sampling=sampling, timeout_s=timeout
+        )
+        return self._reply(again.turn_id, pb.ClientEvent(regenerate=again))
+
+    async def rewind(self, *, turns: int | None = None, tokens: int | None = None) -> None:
+        """Forgets the history behind its first `turns`, or its first `tokens`."""
+        rewind = pb.Rewind()
+        set_point(rewind, turns, tokens)
+        self._stand((await self._ask(pb.ClientEvent(rewind=rewind))).rewound)
+
+    async def update(self, *, labels: Mapping[str, str] | None = None, **sampling: Unpack[Sampling]) -> None:
+        """Changes the defaults of the turns to come, and the labels if given; `labels={}` removes them."""
+        defaults = pb.Sampling(**sampling) if sampling else None
+        await self._ask(pb.ClientEvent(update=pb.Update(sampling=defaults, labels=labels_of(labels))))
+
+    async def fork(
+        self,
+        *,
+        turns: int | None = None,
+        tokens: int | None = None,
+        id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> "Chat":
+        """A new conversation with this one's history, or its first `turns` or `tokens`; both go on apart."""
+        return await self._fork(fork_request(self.id, turns, tokens, id, labels))
 
     async def cancel(self, *, discard: bool = False) -> None:
         """Ends the turn in flight: its reply ends with CANCELLED.  What was said is kept unless `discard`."""
@@ -89,56 +148,112 @@ class Chat:
                 return self._hang_up()
             except Unavailable as error:
                 self._hang_up()
-                await _wait(pauses, error)
+                await wait(pauses, error)
                 lost = True
             except NotFound:
                 if not (delete and lost):
                     raise
                 return  # erased; only the answer was lost
 
-    async def attach(self, first: pb.ClientEvent) -> None:
-        """Connects with `first`, an open or a resume.  A resume is safe to repeat, an open is not."""
-        pauses = self._pauses()
+    async def attach(self, first: pb.ClientEvent, *, id_is_new: bool = False) -> None:
+        """Connects with `first`, a resume or an open.
+
+        A resume is safe to repeat.  An open is, if its id was made for it alone (`id_is_new`): should the id
+        exist the second time, it is that of an attempt whose answer was lost.  Another id might have existed
+        before, so such an open is tried once.
+        """
+        pauses, lost = self._pauses(), False
         while True:
             try:
                 return await self._attach(first)
             except Unavailable as error:
-                if first.HasField("open"):
+                if first.HasField("open") and not id_is_new:
                     raise
-                await _wait(pauses, error)
+                await wait(pauses, error)
+                lost = True
+            except AlreadyExists:
+                if not lost:
+                    raise
+                first = pb.ClientEvent(resume=pb.Resume(conversation_id=first.open.conversation_id))
+
+    def _reply(self, turn_id: str, request: pb.ClientEvent) -> Reply:
+        reply = Reply()
+        reply.events = self._answer(turn_id, request, weakref.ref(reply))
+        return reply
 
     async def _answer(
-        self, turn: pb.Turn, reader: Callable[[], Reply | None]
+        self, turn_id: str, request: pb.ClientEvent, reader: Callable[[], Reply | None]
     ) -> AsyncGenerator[ReplyEvent, None]:
         """The events of one turn, over as many connections as it takes."""
-        self._begin(turn.turn_id, reader)
+        self._begin(turn_id, reader)
         pauses = self._pauses()
         try:
             while True:
                 try:
                     call = await self._attached()
-                    client_seq = await call.send(pb.ClientEvent(turn=turn))
+                    client_seq = await call.send(request)
                     while True:
-                        event = _event_of(turn.turn_id, client_seq, await self._read(call))
-                        if isinstance(event, pb.TurnDone):
-                            self._end(event)
-                            yield event
+                        event = await self._read(call)
+                        about_turn = event_of(turn_id, client_seq, event)
+                        if isinstance(about_turn, pb.TurnDone):
+                            await self._end(call, event.seq, request, about_turn)
+                            self._turn_id = ""
+                        if about_turn is not None:
+                            yield about_turn
+                        if isinstance(about_turn, pb.TurnDone):
                             return
-                        if event is not None:
-                            yield event
                 except Unavailable as error:
                     self._hang_up()
-                    await _wait(pauses, error)
+                    await wait(pauses, error)
         except (asyncio.CancelledError, GeneratorExit):
-            if self._turn_id == turn.turn_id:
+            if self._turn_id == turn_id:
                 self._give_up()
             raise
         finally:
-            if self._turn_id == turn.turn_id:
+            if self._turn_id == turn_id:
                 self._turn_id = ""
+
+    async def _end(self, call: ConverseCall, seq: int, request: pb.ClientEvent, done: pb.TurnDone) -> None:
+        """Where the conversation stands after a turn."""
+        if seq <= self._standing_seq and done.committed_tokens <= self.committed_tokens:
+            return  # an outcome that came again
+        if request.regenerate.HasField("replaces"):
+            # How many turns gave way, only the server knows; rewinding to where it stands changes nothing.
+            here = pb.ClientEvent(rewind=pb.Rewind(tokens=done.committed_tokens))
+            self._stand((await self._answer_to(call, await call.send(here))).rewound)
+        else:
+            self.committed_turns += not request.HasField("regenerate")
+            self.committed_tokens, self.context_left = done.committed_tokens, done.context_left
+        self._standing_seq = seq
+
+    async def _ask(self, request: pb.ClientEvent) -> pb.ServerEvent:
+        """The answer to what has no turn id: repeating it changes nothing."""
+        self._check_free()
+        self._asking = request.WhichOneof("event") or ""
+        pauses = self._pauses()
+        try:
+            while True:
+                try:
+                    call = await self._attached()
+                    return await self._answer_to(call, await call.send(request))
+                except Unavailable as error:
+                    self._hang_up()
+                    await wait(pauses, error)
+        finally:
+            self._asking = ""
+
+    async def _answer_to(self, call: ConverseCall, client_seq: int) -> pb.ServerEvent:
+        while True:
+            event = await self._read(call)
+            kind = event.WhichOneof("event")
+            if kind in ("rewound", "updated") and getattr(event, kind).client_seq == client_seq:
+                return event
+            if kind == "error" and event.error.client_seq == client_seq:
+                raise error_of_message(event.error)
 
     async def _come_to_rest(self, hurry: bool) -> None:
         """Waits for the turn in flight, together with whoever reads its reply."""
+        self._check_asking()
         reply = self._reader()
         if not self._turn_id:
             return
@@ -150,6 +265,12 @@ class Chat:
             await reply
 
     def _begin(self, turn_id: str, reader: Callable[[], Reply | None]) -> None:
+        self._check_free()
+        self._turn_id, self._reader = turn_id, reader
+
+    def _check_free(self) -> None:
+        """One operation at a time: they all read the same stream."""
+        self._check_asking()
         if self._turn_id:
             if self._reader() is not None:
                 raise FailedPrecondition(
@@ -157,12 +278,10 @@ class Chat:
                     "`await chat.cancel()` if you want it short, and then say the next thing"
                 )
             self._give_up()
-        self._turn_id, self._reader = turn_id, reader
 
-    def _end(self, done: pb.TurnDone) -> None:
-        self._turn_id = ""
-        self.committed_turns += done.committed_tokens > self.committed_tokens
-        self.committed_tokens, self.context_left = done.committed_tokens, done.context_left
+    def _check_asking(self) -> None:
+        if self._asking:
+            raise FailedPrecondition(f"`{self._asking}` is not answered yet; await it first")
 
     def _give_up(self) -> None:
         """Nobody reads the turn in flight any more: the server should not go on with it."""
@@ -184,7 +303,7 @@ class Chat:
         turn_id = self._given_up
         client_seq = await call.send(pb.ClientEvent(cancel=pb.Cancel(turn_id=turn_id)))
         try:
-            while not isinstance(_event_of(turn_id, client_seq, await self._read(call)), pb.TurnDone):
+            while not isinstance(event_of(turn_id, client_seq, await self._read(call)), pb.TurnDone):
                 pass
         except Unavailable:
             raise
@@ -208,8 +327,12 @@ class Chat:
         if not first.resume.HasField("after_seq"):
             self._last_seq = attached.last_seq
         self.id, self.resume_token = attached.conversation_id, attached.resume_token
-        self.committed_tokens, self.context_left = attached.committed_tokens, attached.context_left
-        self.committed_turns = attached.committed_turns
+        self._stand(attached)
+        self._standing_seq = attached.last_seq
+
+    def _stand(self, here: pb.Attached | pb.Rewound) -> None:
+        self.committed_tokens, self.committed_turns = here.committed_tokens, here.committed_turns
+        self.context_left = here.context_left
 
     async def _read(self, call: ConverseCall) -> pb.ServerEvent:
         event = await call.read()
@@ -220,27 +343,3 @@ class Chat:
         if self._call is not None:
             self._call.hang_up()
             self._call = None
-
-
-def _event_of(turn_id: str, client_seq: int, event: pb.ServerEvent) -> ReplyEvent | None:
-    """What `event` says about the turn, or None if it is about something else.  Raises the turn's failure."""
-    match event.WhichOneof("event"):
-        case "turn_accepted" if event.turn_accepted.turn_id == turn_id:
-            return event.turn_accepted
-        case "delta" if event.delta.turn_id == turn_id:
-            return event.delta
-        case "turn_done" if event.turn_done.turn_id == turn_id:
-            return event.turn_done
-        case "turn_failed" if event.turn_failed.turn_id == turn_id:
-            raise error_of_message(event.turn_failed.error)
-        case "error" if event.error.client_seq == client_seq:
-            raise error_of_message(event.error)
-    return None
-
-
-async def _wait(pauses: Iterator[float], error: Unavailable) -> None:
-    """Before the next attempt; raises `error` if there is none left."""
-    pause = next(pauses, None)
-    if pause is None:
-        raise error
-    await asyncio.sleep(max(pause, error.retry_after_s or 0.0))

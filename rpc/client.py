@@ -23,7 +23,7 @@ import grpc
 from rpc._generated import continuo_pb2 as pb
 from rpc._generated import continuo_pb2_grpc as pb_grpc
 from rpc.chat import Chat
-from rpc.converse_call import MAX_MESSAGE_BYTES
+from rpc.converse_call import MAX_MESSAGE_BYTES, Call, wait
 from rpc.failure import (
     Aborted,
     AlreadyExists,
@@ -42,9 +42,9 @@ from rpc.failure import (
     Unimplemented,
     error_of_call,
 )
-from rpc.outcome import Delta, FinishReason, Turn
+from rpc.outcome import Delta, FinishReason, ReplyKind, Turn
 from rpc.reply import Reply, ReplyEvent
-from rpc.request import Sampling, set_input
+from rpc.request import Sampling, fork_request, json_objects, messages_of, new_id, set_input
 
 __all__ = [
     "Aborted",
@@ -63,6 +63,7 @@ __all__ = [
     "OutOfRange",
     "PermissionDenied",
     "Reply",
+    "ReplyKind",
     "ResourceExhausted",
     "Sampling",
     "Turn",
@@ -127,11 +128,27 @@ class ContinuoClient:
         *,
         id: str | None = None,
         labels: Mapping[str, str] | None = None,
+        history: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        strip_rewritten: bool = False,
         **sampling: Unpack[Sampling],
     ) -> Chat:
-        """A new conversation.  `sampling` becomes the default of its turns."""
-        request = pb.Open(conversation_id=id, system=system, labels=labels, sampling=sampling)
-        return await self._attach(pb.ClientEvent(open=request))
+        """A new conversation.  `sampling` becomes the default of its turns.
+
+        `history`: messages that were said elsewhere, as in `Chat.say`.  `tools`: as the model's chat template
+        takes them.  `strip_rewritten`: where the template would now render the past differently, follow it
+        and compute that again; otherwise the past stands as it was computed.
+        """
+        request = pb.Open(
+            conversation_id=new_id("c") if id is None else id,
+            system=system,
+            labels=labels,
+            sampling=sampling,
+            history=None if history is None else messages_of(history),
+            tools=json_objects(tools, "tools"),
+            on_rewrite=pb.REWRITE_POLICY_STRIP if strip_rewritten else pb.REWRITE_POLICY_KEEP,
+        )
+        return await self._attach(pb.ClientEvent(open=request), id_is_new=id is None)
 
     async def resume(
         self, id: str, *, resume_token: str | None = None, expect_committed_tokens: int | None = None
@@ -141,6 +158,18 @@ class ContinuoClient:
             conversation_id=id, resume_token=resume_token, expect_committed_tokens=expect_committed_tokens
         )
         return await self._attach(pb.ClientEvent(resume=request))
+
+    async def fork(
+        self,
+        id: str,
+        *,
+        turns: int | None = None,
+        tokens: int | None = None,
+        new_id: str | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> pb.Conversation:
+        """A new conversation with the history of another, or its first `turns` or `tokens`."""
+        return await self._fork(fork_request(id, turns, tokens, new_id, labels))
 
     async def get(self, id: str, *, page_size: int = 0) -> tuple[pb.Conversation, list[pb.CommittedTurn]]:
         """A conversation and all its turns."""
@@ -174,13 +203,14 @@ class ContinuoClient:
         self,
         prompt: str | None = None,
         *,
-        messages: Sequence[Mapping[str, str]] | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         token_ids: Sequence[int] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
     ) -> Reply:
         """A reply that nothing is remembered of, to `prompt` as it is, or `messages`, or `token_ids`."""
-        request = pb.GenerateRequest(sampling=sampling)
+        request = pb.GenerateRequest(sampling=sampling, tools=json_objects(tools, "tools"))
         set_input(request, prompt, messages, token_ids)
         reply = Reply()
         reply.events = self._generate(request, timeout)
@@ -206,10 +236,26 @@ class ContinuoClient:
         """Begins to shut the server down; needs an admin token."""
         await self._call(self._engine.Drain, pb.DrainRequest(grace_s=grace_s))
 
-    async def _attach(self, first: pb.ClientEvent) -> Chat:
-        chat = Chat(lambda: self._conversations.Converse(metadata=self._metadata), self._pauses)
-        await chat.attach(first)
+    async def _attach(self, first: pb.ClientEvent, *, id_is_new: bool = False) -> Chat:
+        def connect() -> Call:
+            call: Call = self._conversations.Converse(metadata=self._metadata)
+            return call
+
+        chat = Chat(connect, self._pauses, self._fork_attached)
+        await chat.attach(first, id_is_new=id_is_new)
         return chat
+
+    async def _fork(self, request: pb.ForkRequest) -> pb.Conversation:
+        pauses = self._pauses()
+        while True:
+            try:
+                answer: pb.ForkResponse = await self._call(self._conversations.Fork, request)
+                return answer.conversation
+            except Unavailable as error:
+                await wait(pauses, error)
+
+    async def _fork_attached(self, request: pb.ForkRequest) -> Chat:
+        return await self.resume((await self._fork(request)).conversation_id)
 
     def _pauses(self) -> Iterator[float]:
         return (pause * (0.5 + self._jitter() / 2) for pause in (PAUSES_S if self._retry else ()))

@@ -1,7 +1,7 @@
 """One `Converse` call of the client: sends, reads, and knows why it ended."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 import grpc
@@ -66,9 +66,7 @@ class ConverseCall:
         self._call.cancel()
 
     async def _why_ended(self) -> ContinuoError:
-        for _ in range(
-            20
-        ):  # the real status never comes if messages are still unread: the connection is lost
+        for _ in range(20):
             if self._status is not None:
                 return error_of_call(self._status)
             await asyncio.sleep(0.01)
@@ -79,6 +77,14 @@ class ConverseCall:
         code, details, trailers = _now(call.code()), _now(call.details()), _now(call.trailing_metadata())
         if self._status is None and code is not grpc.StatusCode.OK and details != _HIDDEN:
             self._status = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailers, details)
+
+
+async def wait(pauses: Iterator[float], error: Unavailable) -> None:
+    """Before the next attempt; raises `error` if no pause is left."""
+    pause = next(pauses, None)
+    if pause is None:
+        raise error
+    await asyncio.sleep(max(pause, error.retry_after_s or 0.0))
 
 
 def _now(coroutine: Coroutine[Any, Any, Value]) -> Value:

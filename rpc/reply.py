@@ -1,13 +1,14 @@
 """`Reply`: iterate over it for the deltas, await it for the turn; both in turn is fine."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Generator
 
 from rpc._generated import continuo_pb2 as pb
-from rpc.failure import Cancelled, Unavailable
+from rpc.failure import Cancelled, Unavailable, error_of_message
 from rpc.outcome import Delta, ReplyBuffer, Turn
 
-ReplyEvent = pb.TurnAccepted | pb.Delta | pb.TurnDone
+ReplyEvent = pb.TurnAccepted | pb.HistoryRewritten | pb.Delta | pb.TurnDone
 
 
 class Reply:
@@ -21,6 +22,7 @@ class Reply:
 
     def __init__(self) -> None:
         self._buffer = ReplyBuffer()
+        self._unread: deque[Delta] = deque()
         self._turn: Turn | None = None
         self._failure: Exception | None = None
         self._reading = asyncio.Lock()  # several tasks may wait for the same reply
@@ -51,9 +53,8 @@ class Reply:
             if self._failure is not None:
                 raise self._failure
             try:
-                while self._turn is None:
-                    if (delta := self._take(await anext(self.events))) is not None:
-                        return delta
+                while not self._unread and self._turn is None:
+                    self._take(await anext(self.events))
             except asyncio.CancelledError:
                 self._failure = Cancelled("reading this reply was cancelled, which ends its turn")
                 raise
@@ -63,17 +64,35 @@ class Reply:
             except Exception as error:
                 self._failure = error
                 raise
-            return None
+            return self._unread.popleft() if self._unread else None
 
-    def _take(self, event: ReplyEvent) -> Delta | None:
+    def _take(self, event: ReplyEvent) -> None:
         match event:
             case pb.TurnAccepted():
                 if event.restarted:
                     self._buffer.restart()
-                return None
+            case pb.HistoryRewritten():
+                self._buffer.rewritten_from = event.first_token
             case pb.Delta():
-                return self._buffer.add(event)
+                self._unread.extend(self._buffer.add(event))
             case pb.TurnDone():
-                last = self._buffer.finish()
+                self._unread.extend(self._buffer.finish())
                 self._turn = self._buffer.turn(event)
-                return last
+
+
+def event_of(turn_id: str, client_seq: int, event: pb.ServerEvent) -> ReplyEvent | None:
+    """What `event` says about the turn, or None if it is about something else.  Raises the turn's failure."""
+    match event.WhichOneof("event"):
+        case "turn_accepted" if event.turn_accepted.turn_id == turn_id:
+            return event.turn_accepted
+        case "history_rewritten" if event.history_rewritten.turn_id == turn_id:
+            return event.history_rewritten
+        case "delta" if event.delta.turn_id == turn_id:
+            return event.delta
+        case "turn_done" if event.turn_done.turn_id == turn_id:
+            return event.turn_done
+        case "turn_failed" if event.turn_failed.turn_id == turn_id:
+            raise error_of_message(event.turn_failed.error)
+        case "error" if event.error.client_seq == client_seq:
+            raise error_of_message(event.error)
+    return None

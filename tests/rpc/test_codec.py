@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from engine.types import FinishReason, Limits, SamplingParams, Timing, Usage
+from engine.types import FinishReason, Limits, ReplyKind, RewritePolicy, SamplingParams, Timing, Usage
 from rpc import outcome, request
 from rpc._generated import continuo_pb2 as pb
 from rpc.codec import sampling_params
@@ -27,6 +27,16 @@ def test_finish_reasons_agree_in_name_and_number():
     assert on_the_wire == {f"FINISH_REASON_{reason.name}": reason.value for reason in FinishReason}
     known_to_the_client = {f"FINISH_REASON_{reason.name}" for reason in outcome.FinishReason}
     assert known_to_the_client == {*on_the_wire, "FINISH_REASON_UNKNOWN"}
+
+
+def test_kinds_of_a_reply_agree_in_name_and_number():
+    assert dict(pb.ReplyKind.items()) == {f"REPLY_KIND_{kind.name}": kind.value for kind in ReplyKind}
+    assert [kind.name for kind in outcome.ReplyKind] == [kind.name for kind in ReplyKind]
+
+
+def test_rewrite_policies_agree_in_name_and_number():
+    on_the_wire = {f"REWRITE_POLICY_{policy.name}": policy.value for policy in RewritePolicy}
+    assert dict(pb.RewritePolicy.items()) == on_the_wire
 
 
 def test_zero_is_set_and_absence_is_not():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rpc._generated import continuo_pb2 as pb
 from rpc.failure import Internal
-from rpc.outcome import Delta, ReplyBuffer
+from rpc.outcome import Delta, ReplyBuffer, ReplyKind
 
 
 def delta(offset, text, num_tokens=None):
@@ -16,57 +16,90 @@ def delta(offset, text, num_tokens=None):
 
 def test_deltas_in_order_pass_through_unchanged():
     buffer = ReplyBuffer()
-    assert buffer.add(delta(0, "Mi")) == Delta("Mi", (77, 105))
-    assert buffer.add(delta(2, "so")) == Delta("so", (115, 111))
-    assert (buffer.text, buffer.finish()) == ("Miso", None)
+    assert buffer.add(delta(0, "Mi")) == [Delta("Mi", (77, 105))]
+    assert buffer.add(delta(2, "so")) == [Delta("so", (115, 111))]
+    assert (buffer.text, buffer.finish()) == ("Miso", [])
 
 
 def test_a_delta_without_text_still_carries_its_tokens():
-    assert ReplyBuffer().add(delta(0, "", num_tokens=1)) == Delta("", (46,))
+    assert ReplyBuffer().add(delta(0, "", num_tokens=1)) == [Delta("", (46,))]
 
 
 def test_text_that_was_held_back_may_follow_without_tokens():
     buffer = ReplyBuffer()
     buffer.add(delta(0, "Mi"))
-    assert buffer.add(delta(2, "so", num_tokens=0)) == Delta("so", ())
+    assert buffer.add(delta(2, "so", num_tokens=0)) == [Delta("so", ())]
     assert buffer.text == "Miso"
 
 
 def test_a_repetition_shows_only_what_is_new():
     buffer = ReplyBuffer()
     buffer.add(delta(0, "Mi"))
-    assert buffer.add(delta(0, "M")) is None
-    assert buffer.add(delta(1, "iso")) == Delta("so", (115, 111))
-    assert (buffer.text, buffer.finish()) == ("Miso", None)
+    assert buffer.add(delta(0, "M")) == []
+    assert buffer.add(delta(1, "iso")) == [Delta("so", (115, 111))]
+    assert (buffer.text, buffer.finish()) == ("Miso", [])
 
 
 def test_a_repetition_that_differs_replaces_what_was_shown():
     buffer = ReplyBuffer()
     buffer.add(delta(0, "Miso"))
-    assert buffer.add(delta(0, "Tom")) == Delta("Tom", (84, 111, 109), restarted=True)
-    assert buffer.add(delta(3, "o")) == Delta("o", (111,))
+    assert buffer.add(delta(0, "Tom")) == [Delta("Tom", (84, 111, 109), restarted=True)]
+    assert buffer.add(delta(3, "o")) == [Delta("o", (111,))]
     assert buffer.text == "Tomo"
 
 
 def test_a_repetition_that_ends_sooner_replaces_what_was_shown():
     buffer = ReplyBuffer()
     buffer.add(delta(0, "Miso"))
-    assert buffer.add(delta(0, "Mi")) is None
-    assert buffer.finish() == Delta("Mi", (77, 105), restarted=True)
+    assert buffer.add(delta(0, "Mi")) == []
+    assert buffer.finish() == [Delta("Mi", (77, 105), restarted=True)]
 
 
 def test_a_restart_without_any_delta_empties_what_was_shown():
     buffer = ReplyBuffer()
     buffer.add(delta(0, "Miso"))
     buffer.restart()
-    assert buffer.finish() == Delta("", (), restarted=True)
+    assert buffer.finish() == [Delta("", (), restarted=True)]
 
 
 def test_a_delta_replaces_from_its_offset_on():
     buffer = ReplyBuffer()
     buffer.add(delta(0, "Mi"))
     buffer.add(delta(2, "so"))
-    assert buffer.add(delta(2, "le")) == Delta("Mile", (77, 105, 108, 101), restarted=True)
+    assert buffer.add(delta(2, "le")) == [
+        Delta("Mi", (77, 105), restarted=True),
+        Delta("le", (108, 101)),
+    ]
+
+
+def test_what_is_new_keeps_its_kind_and_its_logprobs():
+    def thought(offset, *ids):
+        logprobs = [pb.TokenLogprobs(token_id=id, logprob=-id) for id in ids]
+        kind = pb.REPLY_KIND_REASONING
+        return pb.Delta(offset=offset, token_ids=ids, text="x" * len(ids), kind=kind, logprobs=logprobs)
+
+    buffer = ReplyBuffer()
+    assert [new.kind for new in buffer.add(delta(0, "So"))] == [ReplyKind.TEXT]
+    buffer.add(thought(2, 7, 8))
+    (new,) = buffer.add(thought(2, 7, 8, 9))
+    assert (new.text, new.token_ids, new.kind) == ("x", (9,), ReplyKind.REASONING)
+    assert [each.token_id for each in new.logprobs] == [9]
+    assert [each.logprob for each in buffer.logprobs] == [-7, -8, -9]
+
+
+def test_a_reply_that_begins_anew_comes_in_stretches_of_one_kind():
+    buffer = ReplyBuffer()
+    buffer.add(delta(0, "Miso"))
+    buffer.restart()
+    assert buffer.add(pb.Delta(offset=0, text="M", token_ids=[77], kind=pb.REPLY_KIND_REASONING)) == []
+    first, second = buffer.add(delta(1, "om"))
+    assert (first.text, first.kind, first.restarted) == ("M", ReplyKind.REASONING, True)
+    assert (second.text, second.kind, second.restarted) == ("om", ReplyKind.TEXT, False)
+
+
+def test_a_kind_of_a_newer_server_is_shown_as_text():
+    (new,) = ReplyBuffer().add(pb.Delta(offset=0, text="a", token_ids=[1], kind=9))
+    assert new.kind is ReplyKind.TEXT
 
 
 @pytest.mark.parametrize("offset", [1, 3])
@@ -89,8 +122,7 @@ def test_whoever_obeys_the_deltas_ends_with_the_reply(attempts):
         if n > 0:
             buffer.restart()
         last = n == len(attempts) - 1
-        news = [buffer.add(piece) for piece in (pieces if last else pieces[:num_arrive])]
-        for new in (*news, buffer.finish() if last else None):
-            if new is not None:
-                shown = new.text if new.restarted else shown + new.text
+        news = [new for piece in (pieces if last else pieces[:num_arrive]) for new in buffer.add(piece)]
+        for new in (*news, *(buffer.finish() if last else ())):
+            shown = new.text if new.restarted else shown + new.text
     assert shown == buffer.text == attempts[-1][0]
