@@ -1,0 +1,36 @@
+"""A load whose every number is another one, so that none can stand in for a second."""
+
+from dataclasses import replace
+
+from engine.types import ConversationCounts, Histogram, Load, Tier
+
+BOUNDS = (0.01, 0.1, 1.0)
+
+
+def a_load(**changes: object) -> Load:
+    load = Load(
+        uptime_s=100.0,
+        running_turns=3,
+        waiting_turns=1,
+        conversations=ConversationCounts(running=2, waiting=4, attached=12, idle=2034),
+        device=Tier(total_tokens=1000, in_use_tokens=250, idle_tokens=500, free_tokens=250),
+        accepted_turns=70,
+        finished_turns={"STOP_TOKEN": 40, "LENGTH": 20},
+        failed_turns={"TURN_CANCELLED": 5},
+        refused_turns={"QUEUE_FULL": 9},
+        reattached_streams=7,
+        prompt_tokens=8000,
+        cached_device_tokens=6000,
+        recomputed_tokens=800,
+        new_tokens=1200,
+        completion_tokens=3500,
+        computed_tokens=5500,
+        steps=400,
+        step_s=16.0,
+        evicted_blocks=11,
+        queue_s=Histogram(BOUNDS, (60, 0, 0, 0), 0.3),
+        ttft_s=Histogram(BOUNDS, (0, 60, 0, 0), 3.1),
+        inter_token_s=Histogram(BOUNDS, (3000, 400, 30, 0), 70.5),
+        total_s=Histogram(BOUNDS, (0, 0, 50, 10), 90.25),
+    )
+    return replace(load, **changes)  # type: ignore[arg-type]
