@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import InvalidRequest, ModelFolderError
-from engine.models.families import ARCHITECTURES, Architecture, family_of
+from engine.models.families import ARCHITECTURES, Architecture, Family, family_of
 from engine.models.fields import Fields
 from engine.models.layer_attention import LayerAttention, read_layers
 from engine.types import SamplingParams
@@ -20,6 +20,7 @@ class ModelConfig:
 
     architecture: Architecture
     vocab_size: int
+    embedding_size: int  # other than the hidden size only in OPT
     hidden_size: int
     ffn_size: int
     layers: tuple[LayerAttention, ...]
@@ -32,6 +33,7 @@ class ModelConfig:
     attention_out_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMSNorm of each query and key head before RoPE
+    norm_first: bool  # before attention and mlp, not after; false only in OPT
     fused_weights: bool  # one tensor holds q, k and v, another gate and up
     tied_embeddings: bool  # the head's weight is the embedding
     eos_ids: frozenset[int]  # any of them ends a reply
@@ -50,17 +52,18 @@ class ModelConfig:
             )
         fields = Fields.read(folder / "config.json")
         architecture = _architecture(fields)
-        _refuse_unsupported(fields)
         hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
         family = family_of(architecture)
-        attention_bias = family.reads_attention_bias and fields.flag("attention_bias")
+        _refuse_unsupported(fields, family)
+        attention_bias = _flag(fields, family.attention_bias_key, family.has_biases)
         generation = folder / "generation_config.json"
         defaults = Fields.read(generation) if generation.exists() else Fields(generation, {})
         config = cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
+            embedding_size=fields.integer("word_embed_proj_dim", hidden_size),
             hidden_size=hidden_size,
-            ffn_size=fields.integer("intermediate_size"),
+            ffn_size=fields.integer(family.ffn_size_key),
             layers=read_layers(fields, family),
             num_heads=num_heads,
             num_kv_heads=fields.integer("num_key_value_heads", num_heads),
@@ -69,8 +72,9 @@ class ModelConfig:
             max_positions=fields.integer("max_position_embeddings"),
             qkv_bias=family.qkv_bias or attention_bias,
             attention_out_bias=attention_bias,
-            mlp_bias=family.reads_mlp_bias and fields.flag("mlp_bias"),
+            mlp_bias=_flag(fields, family.mlp_bias_key, family.has_biases),
             qk_norm=family.qk_norm,
+            norm_first=fields.flag("do_layer_norm_before", default=True),
             fused_weights=family.fused_weights,
             tied_embeddings=fields.flag("tie_word_embeddings", family.tied_embeddings),
             eos_ids=fields.ids("eos_token_id") | defaults.ids("eos_token_id"),
@@ -102,15 +106,23 @@ def _refuse_code(fields: Fields, known: str | None) -> None:
         )
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_unsupported(fields: Fields, family: Family) -> None:
     if fields.value("quantization_config") is not None:
         raise ModelFolderError(
             f"{fields.path} has quantization_config; quantized weights are not supported: take the original"
         )
-    if fields.value("hidden_act") not in (None, "silu"):
+    if fields.value(family.activation_key) not in (None, family.activation):
         raise ModelFolderError(
-            f"{fields.path}: hidden_act {fields.value('hidden_act')} is not supported; only silu is"
+            f"{fields.path}: {family.activation_key} {fields.value(family.activation_key)} is not supported; "
+            f"only {family.activation} is"
         )
+    for key, expected in (("layer_norm_elementwise_affine", True), ("_remove_final_layer_norm", False)):
+        if fields.flag(key, expected) != expected:
+            raise fields.wrong(key, f"{str(expected).lower()}, as OPT was published")
+
+
+def _flag(fields: Fields, key: str | None, default: bool) -> bool:
+    return key is not None and fields.flag(key, default)
 
 
 def _sampling(defaults: Fields) -> SamplingParams:

@@ -1,12 +1,13 @@
-"""The decoder of most families: token ids of a ragged step in, logits of chosen rows out.
+"""Decoders: token ids of a ragged step in, logits of chosen rows out.
 
-One program for all of them; what differs is data (biases, q/k norms, windows, or none of them).  Nothing here
-knows of conversations, blocks or phases: the caller owns the paged KV and says in `AttnMeta` where each
-row stands.
+`RotaryDecoder` is one program for all families but OPT (opt.py); what differs is data (biases, q/k norms,
+windows, or none of them).  Nothing here knows of conversations, blocks or phases: the caller owns the paged
+KV and says in `AttnMeta` where each row stands.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ from kernels.paged_attention import AttnMeta, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_kv_write
 from kernels.silu_mul import silu_mul
+
+
+class Decoder(Protocol):
+    config: ModelConfig
+    dtype: torch.dtype  # of activations and KV
+
+    def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """One step.  ids: [T >= 1] int64; kv: [B, 2, G, P, D] in `dtype` per layer, written to at meta.slots.
+
+        Returns logits [R, V] fp32 of `rows`: [R >= 0] int64, indices into the step.  All K and V of a layer
+        are written before its attention, so segments of one conversation may attend to each other.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +48,7 @@ class Layer:
     down: PackedLinear  # F -> N
 
 
-class Decoder:
+class RotaryDecoder:
     """embedding: [V, N] in any float dtype, mapped from its file: only looked-up rows are ever read."""
 
     def __init__(
@@ -46,30 +60,29 @@ class Decoder:
         head: PackedLinear,
     ) -> None:
         self.config = config
-        self.dtype = head.dtype  # of activations and KV
+        self.dtype = head.dtype
         self._embedding, self._layers, self._head = embedding, tuple(layers), head
         # The norm behind each layer's residual addition belongs to the next one.
         self._next_norms = (*(layer.attention_norm for layer in self._layers[1:]), final_norm)
         ropes = {attention.rope for attention in config.layers}
-        tables = {rope: RopeTable(config.head_dim, rope, config.max_positions) for rope in ropes}
+        tables = {
+            rope: None if rope is None else RopeTable(config.head_dim, rope, config.max_positions)
+            for rope in ropes
+        }
         self._attention = [(tables[attention.rope], attention.window) for attention in config.layers]
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._scale = config.head_dim**-0.5
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """One step.  ids: [T >= 1] int64; kv: [B, 2, G, P, D] in `dtype` per layer, written to at meta.slots.
-
-        Returns logits [R, V] fp32 of `rows`: [R >= 0] int64, indices into the step.  All K and V of a layer
-        are written before its attention, so segments of one conversation may attend to each other.
-        """
         eps, last = self.config.norm_eps, self._layers[-1]
         num_positions = int(meta.positions.max()) + 1
         residual = self._embedding.index_select(0, ids).to(self.dtype)
         x = rms_norm(residual, self._layers[0].attention_norm, eps)
         layers = zip(self._layers, self._attention, kv, self._next_norms, strict=True)
         for layer, (rope, window), layer_kv, next_norm in layers:
-            x = self._attend(layer, x, layer_kv, meta, rope.upto(num_positions), window)
+            cos_sin = None if rope is None else rope.upto(num_positions)
+            x = self._attend(layer, x, layer_kv, meta, cos_sin, window)
             if layer is last:  # the other rows have left their K and V; nothing else of them is needed
                 x, residual = x.index_select(0, rows), residual.index_select(0, rows)
             x, residual = add_rms_norm(layer.attention_out(x), residual, layer.mlp_norm, eps)
@@ -78,7 +91,13 @@ class Decoder:
         return self._head(x).float()
 
     def _attend(
-        self, layer: Layer, x: Tensor, kv: Tensor, meta: AttnMeta, cos_sin: Tensor, window: int | None
+        self,
+        layer: Layer,
+        x: Tensor,
+        kv: Tensor,
+        meta: AttnMeta,
+        cos_sin: Tensor | None,
+        window: int | None,
     ) -> Tensor:
         """x: [T, N] -> [T, H * D]."""
         heads = layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)

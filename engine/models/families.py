@@ -4,7 +4,12 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Architecture = Literal[
-    "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "OPTForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
 ]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
@@ -12,12 +17,16 @@ ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     head_dim: int | None = None  # None: hidden size / number of heads
+    ffn_size_key: str = "intermediate_size"
+    activation: Literal["silu", "relu"] = "silu"
+    activation_key: str = "hidden_act"
     norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
+    rope_theta: float | None = 10000.0  # None: positions are learned
     tied_embeddings: bool = False
     qkv_bias: bool = False  # whatever config.json says
-    reads_attention_bias: bool = True  # of attention_bias: queries, keys, values and the output
-    reads_mlp_bias: bool = False
+    attention_bias_key: str | None = "attention_bias"  # for queries, keys, values and the output
+    mlp_bias_key: str | None = None
+    has_biases: bool = False  # where those keys are not there
     qk_norm: bool = False
     fused_weights: bool = False
     code: str | None = (
@@ -29,17 +38,28 @@ class Family:
 
 
 _FAMILIES: dict[Architecture, Family] = {
-    "LlamaForCausalLM": Family(reads_mlp_bias=True),
-    "MistralForCausalLM": Family(reads_attention_bias=False, windowed="all", window=4096),
+    "LlamaForCausalLM": Family(mlp_bias_key="mlp_bias"),
+    "MistralForCausalLM": Family(attention_bias_key=None, windowed="all", window=4096),
+    "OPTForCausalLM": Family(
+        ffn_size_key="ffn_dim",
+        activation="relu",
+        activation_key="activation_function",
+        norm_eps=1e-5,
+        rope_theta=None,
+        tied_embeddings=True,
+        attention_bias_key="enable_bias",
+        mlp_bias_key="enable_bias",
+        has_biases=True,
+    ),
     "Phi3ForCausalLM": Family(
         norm_eps=1e-5,
-        reads_attention_bias=False,
+        attention_bias_key=None,
         fused_weights=True,
         code="modeling_phi3.Phi3ForCausalLM",
         windowed="all",
     ),
     "Qwen2ForCausalLM": Family(
-        qkv_bias=True, reads_attention_bias=False, windowed="upper", window=4096, switches_window=True
+        qkv_bias=True, attention_bias_key=None, windowed="upper", window=4096, switches_window=True
     ),
     "Qwen3ForCausalLM": Family(
         head_dim=128, qk_norm=True, windowed="upper", window=4096, switches_window=True

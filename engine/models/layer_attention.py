@@ -27,7 +27,7 @@ class LayerAttention:
     """The row at position p sees p - window + 1 .. p, or with None every position up to p."""
 
     window: int | None
-    rope: Rope
+    rope: Rope | None  # None: queries and keys stay as they are
 
 
 def read_layers(fields: Fields, family: Family) -> tuple[LayerAttention, ...]:
@@ -87,8 +87,10 @@ def _is_windowed(fields: Fields, family: Family, layer: int) -> bool:
     return True
 
 
-def _rope(fields: Fields, family: Family, kind: str) -> Rope:
+def _rope(fields: Fields, family: Family, kind: str) -> Rope | None:
     """From `rope_scaling`, or from `rope_parameters`, where transformers 5 keeps it together with theta."""
+    if family.rope_theta is None:
+        return None
     rope = fields.group("rope_parameters" if fields.value("rope_parameters") else "rope_scaling")
     if rope.has(_FULL) or rope.has(_WINDOWED):
         rope = rope.group(kind)

@@ -13,10 +13,11 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.models.checkpoint import Checkpoint, Shape
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder, Layer
+from engine.models.decoder import Decoder, Layer, RotaryDecoder
+from engine.models.opt import POSITION_OFFSET, OptDecoder, OptLayer, OptNorm
 from kernels.linear import PackedLinear
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_HEAD = "lm_head.weight"
 
 
 def load_decoder(folder: Path, dtype: torch.dtype) -> Decoder:
@@ -26,14 +27,30 @@ def load_decoder(folder: Path, dtype: torch.dtype) -> Decoder:
     config = ModelConfig.from_dir(folder)
     checkpoint = Checkpoint(folder)
     checkpoint.check(expected_tensors(config), _harmless(config, checkpoint))
-    packer = _Packer(checkpoint, dtype)
-    head = packer.linear("model.embed_tokens" if config.tied_embeddings else "lm_head")
-    layers = [_layer(packer, config, f"model.layers.{index}") for index in range(config.num_layers)]
-    return Decoder(config, checkpoint.tensor(_EMBEDDING), layers, packer.vector("model.norm.weight"), head)
+    build = _opt_decoder if _is_opt(config) else _rotary_decoder
+    return build(config, _Packer(checkpoint, dtype))
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     """Name and shape of every tensor that the model consists of, in the order in which it uses them."""
+    expected = _opt_tensors(config) if _is_opt(config) else _rotary_tensors(config)
+    if not config.tied_embeddings:
+        expected[_HEAD] = (config.vocab_size, config.embedding_size)
+    return expected
+
+
+def _is_opt(config: ModelConfig) -> bool:
+    return config.architecture == "OPTForCausalLM"
+
+
+def _rotary_decoder(config: ModelConfig, packer: "_Packer") -> RotaryDecoder:
+    head = packer.linear("model.embed_tokens" if config.tied_embeddings else "lm_head")
+    layers = [_layer(packer, config, f"model.layers.{index}") for index in range(config.num_layers)]
+    embedding = packer.mapped("model.embed_tokens.weight")
+    return RotaryDecoder(config, embedding, layers, packer.vector("model.norm.weight"), head)
+
+
+def _rotary_tensors(config: ModelConfig) -> dict[str, Shape]:
     hidden, ffn, q_size = config.hidden_size, config.ffn_size, config.num_heads * config.head_dim
     qkv, gate_up = _joint_linears(config)
     linears = {
@@ -46,18 +63,21 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     if config.qk_norm:
         norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
 
-    expected: dict[str, Shape] = {_EMBEDDING: (config.vocab_size, hidden)}
+    expected: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     for index in range(config.num_layers):
-        layer = f"model.layers.{index}"
-        for name, (rows, columns, has_bias) in linears.items():
-            expected[f"{layer}.{name}.weight"] = (rows, columns)
-            if has_bias:
-                expected[f"{layer}.{name}.bias"] = (rows,)
-        for name, size in norms.items():
-            expected[f"{layer}.{name}.weight"] = (size,)
+        expected |= _layer_tensors(f"model.layers.{index}", linears)
+        expected |= {f"model.layers.{index}.{name}.weight": (size,) for name, size in norms.items()}
     expected["model.norm.weight"] = (hidden,)
-    if not config.tied_embeddings:
-        expected[_HEAD] = (config.vocab_size, hidden)
+    return expected
+
+
+def _layer_tensors(layer: str, linears: dict[str, tuple[int, int, bool]]) -> dict[str, Shape]:
+    """`linears`: outputs, inputs, and whether there is a bias."""
+    expected: dict[str, Shape] = {}
+    for name, (rows, columns, has_bias) in linears.items():
+        expected[f"{layer}.{name}.weight"] = (rows, columns)
+        if has_bias:
+            expected[f"{layer}.{name}.bias"] = (rows,)
     return expected
 
 
@@ -81,6 +101,10 @@ class _Packer:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self._checkpoint, self._dtype = checkpoint, dtype
+
+    def mapped(self, name: str) -> Tensor:
+        """As it lies in the file, of which only rows that are looked up are ever read."""
+        return self._checkpoint.tensor(name)
 
     def vector(self, name: str) -> Tensor:
         """A copy of its own: read every step, so it does not stay in the mapped file."""
@@ -114,3 +138,65 @@ def _layer(packer: _Packer, config: ModelConfig, name: str) -> Layer:
         gate_up=packer.linear(*(f"{mlp}.{part}" for part in gate_up), bias=config.mlp_bias),
         down=packer.linear(f"{mlp}.down_proj", bias=config.mlp_bias),
     )
+
+
+def _opt_decoder(config: ModelConfig, packer: _Packer) -> OptDecoder:
+    root = "model.decoder"
+    head = packer.linear(f"{root}.embed_tokens" if config.tied_embeddings else "lm_head")
+    projections = None
+    if config.embedding_size != config.hidden_size:
+        projections = packer.linear(f"{root}.project_in"), packer.linear(f"{root}.project_out")
+    return OptDecoder(
+        config,
+        packer.mapped(f"{root}.embed_tokens.weight"),
+        packer.mapped(f"{root}.embed_positions.weight"),
+        [_opt_layer(packer, config, f"{root}.layers.{index}") for index in range(config.num_layers)],
+        _opt_norm(packer, config, f"{root}.final_layer_norm") if config.norm_first else None,
+        projections,
+        head,
+    )
+
+
+def _opt_layer(packer: _Packer, config: ModelConfig, name: str) -> OptLayer:
+    attention = f"{name}.self_attn"
+    return OptLayer(
+        attention_norm=_opt_norm(packer, config, f"{name}.self_attn_layer_norm"),
+        qkv=packer.linear(*(f"{attention}.{part}_proj" for part in "qkv"), bias=config.qkv_bias),
+        attention_out=packer.linear(f"{attention}.out_proj", bias=config.attention_out_bias),
+        mlp_norm=_opt_norm(packer, config, f"{name}.final_layer_norm"),
+        up=packer.linear(f"{name}.fc1", bias=config.mlp_bias),
+        down=packer.linear(f"{name}.fc2", bias=config.mlp_bias),
+    )
+
+
+def _opt_norm(packer: _Packer, config: ModelConfig, name: str) -> OptNorm:
+    return OptNorm(packer.vector(f"{name}.weight"), packer.vector(f"{name}.bias"), config.norm_eps)
+
+
+def _opt_tensors(config: ModelConfig) -> dict[str, Shape]:
+    root, hidden, embedding = "model.decoder", config.hidden_size, config.embedding_size
+    parts = {
+        "q": config.qkv_bias,
+        "k": config.qkv_bias,
+        "v": config.qkv_bias,
+        "out": config.attention_out_bias,
+    }
+    linears = {f"self_attn.{part}_proj": (hidden, hidden, has_bias) for part, has_bias in parts.items()}
+    linears["fc1"] = (config.ffn_size, hidden, config.mlp_bias)
+    linears["fc2"] = (hidden, config.ffn_size, config.mlp_bias)
+
+    expected: dict[str, Shape] = {
+        f"{root}.embed_tokens.weight": (config.vocab_size, embedding),
+        f"{root}.embed_positions.weight": (config.max_positions + POSITION_OFFSET, hidden),
+    }
+    norms = [f"{root}.final_layer_norm"] if config.norm_first else []
+    for index in range(config.num_layers):
+        layer = f"{root}.layers.{index}"
+        expected |= _layer_tensors(layer, linears)
+        norms += [f"{layer}.self_attn_layer_norm", f"{layer}.final_layer_norm"]
+    for norm in norms:
+        expected |= {f"{norm}.weight": (hidden,), f"{norm}.bias": (hidden,)}
+    if embedding != hidden:
+        expected[f"{root}.project_in.weight"] = (hidden, embedding)
+        expected[f"{root}.project_out.weight"] = (embedding, hidden)
+    return expected

@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
@@ -51,6 +53,20 @@ def _llama3() -> PreTrainedModel:
     ends = [301, 302, 303]
     biases = {"attention_bias": True, "mlp_bias": True}
     return LlamaForCausalLM(LlamaConfig(**_SIZES, **heads, **biases, rope_parameters=rope, eos_token_id=ends))
+
+
+# Deeper or wider random OPTs repeat themselves: ReLU gives every row the same large part.
+_OPT_SIZES = _SIZES | {"num_hidden_layers": 2, "ffn_dim": 32, "hidden_size": 64, "num_attention_heads": 4}
+
+
+def _opt() -> PreTrainedModel:
+    return OPTForCausalLM(OPTConfig(**_OPT_SIZES, word_embed_proj_dim=64, tie_word_embeddings=False))
+
+
+def _opt_350m() -> PreTrainedModel:
+    """What only OPT-350M does: norms behind their sums, a narrow embedding; and no bias in any linear."""
+    switches = {"do_layer_norm_before": False, "enable_bias": False}
+    return OPTForCausalLM(OPTConfig(**_OPT_SIZES, word_embed_proj_dim=48, **switches))
 
 
 def _phi3() -> PreTrainedModel:
@@ -104,6 +120,8 @@ FAMILIES = {
     "llama dynamic": _scaled(rope_type="dynamic", factor=4.0),
     "llama yarn": _scaled(rope_type="yarn", factor=8.0, original_max_position_embeddings=128),
     "mistral": _mistral,
+    "opt": _opt,
+    "opt 350m": _opt_350m,
     "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen2 windowed": _qwen2_windowed,
@@ -117,8 +135,9 @@ def tiny_checkpoint(family: str, folder: Path, dtype: torch.dtype) -> PreTrained
     model = FAMILIES[family]().eval()
     model.set_attn_implementation("eager")
     for name, parameter in model.named_parameters():
-        centre = 1.0 if "norm" in name else 0.0
-        torch.nn.init.normal_(parameter.data, centre, 0.15 if parameter.ndim == 2 else 0.3)
+        centre = 1.0 if name.endswith("norm.weight") else 0.0
+        spread = 2.0 if "embed_positions" in name else 0.15 if parameter.ndim == 2 else 0.3
+        torch.nn.init.normal_(parameter.data, centre, spread)
     model.to(dtype).save_pretrained(folder)
     return model
 

@@ -43,7 +43,7 @@ def read(
     return ModelConfig.from_dir(folder)
 
 
-def ropes(config: ModelConfig) -> list[Rope]:
+def ropes(config: ModelConfig) -> list[Rope | None]:
     return [layer.rope for layer in config.layers]
 
 
@@ -55,6 +55,7 @@ def test_what_a_plain_llama_leaves_out_has_its_makers_defaults(tmp_path: Path) -
     assert read(tmp_path, {}) == ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=320,
+        embedding_size=64,
         hidden_size=64,
         ffn_size=176,
         layers=(LayerAttention(None, Rope(10000.0)),) * 2,
@@ -67,6 +68,7 @@ def test_what_a_plain_llama_leaves_out_has_its_makers_defaults(tmp_path: Path) -
         attention_out_bias=False,
         mlp_bias=False,
         qk_norm=False,
+        norm_first=True,
         fused_weights=False,
         tied_embeddings=False,
         eos_ids=frozenset(),
@@ -87,6 +89,48 @@ def test_families_differ_in_biases_norms_and_head_size(tmp_path: Path) -> None:
     assert read(tmp_path, {"mlp_bias": True, "head_dim": 32}) == replace(llama, mlp_bias=True, head_dim=32)
     shared = read(tmp_path, {"num_key_value_heads": 2, "tie_word_embeddings": True})
     assert shared == replace(llama, num_kv_heads=2, tied_embeddings=True)
+
+
+def test_opt_is_read_under_its_own_keys(tmp_path: Path) -> None:
+    sizes = {
+        "intermediate_size": None,
+        "ffn_dim": 96,
+        "word_embed_proj_dim": 48,
+        "activation_function": "relu",
+    }
+    llama, plain = read(tmp_path, {}), read(tmp_path, sizes, "OPTForCausalLM")
+    assert plain == replace(
+        llama,
+        architecture="OPTForCausalLM",
+        embedding_size=48,
+        ffn_size=96,
+        layers=(LayerAttention(None, None),) * 2,
+        norm_eps=1e-5,
+        qkv_bias=True,
+        attention_out_bias=True,
+        mlp_bias=True,
+        tied_embeddings=True,
+    )
+    switches = {"enable_bias": False, "do_layer_norm_before": False, "tie_word_embeddings": False}
+    without = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "norm_first": False}
+    expected = replace(plain, **without, tied_embeddings=False)
+    assert read(tmp_path, sizes | switches, "OPTForCausalLM") == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation_function": "gelu"},
+        {"layer_norm_elementwise_affine": False},
+        {"_remove_final_layer_norm": True},
+    ],
+)
+def test_an_opt_other_than_the_published_is_refused_by_field_and_value(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    ((key, value),) = changes.items()
+    with pytest.raises(ModelFolderError, match=rf"config.json: {key}( is)? {value}"):
+        read(tmp_path, {"ffn_dim": 96, **changes}, "OPTForCausalLM")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +284,7 @@ def test_a_null_takes_away_the_window_that_mistral_has_by_default(tmp_path: Path
         (
             {"architectures": ["MixtralForCausalLM"]},
             "architecture MixtralForCausalLM is not supported; supported are LlamaForCausalLM, "
-            "MistralForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+            "MistralForCausalLM, OPTForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
         ),
         ({"architectures": None}, "architectures is None; expected a list of one name"),
         (
