@@ -1,15 +1,15 @@
 """The engine on an event loop: operations on conversations in, events out.
 
 The loop owns all state.  Steps run on the step thread (`step_loop`), text is tokenised on a small pool
-(`text_service`), commits go to the token log's thread.  Conversations live here while somebody uses them;
-idle ones beyond `max_conversations` leave memory and come back from the log.
+(`text_service`), commits go to the token log's thread.  Conversations live in the `registry` while somebody
+uses them; idle ones beyond `max_conversations` leave memory and come back from the log.
 """
 
 import asyncio
 import secrets
-from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 from engine.attachment import Attachment
 from engine.batch import StepResult
@@ -22,15 +22,16 @@ from engine.errors import (
     EngineError,
     EngineStopped,
     InvalidRequest,
-    NotFound,
     PermissionDenied,
 )
 from engine.live import LiveConversation, Outbox
+from engine.operations import Operations, checked_id
+from engine.registry import Registry, not_found
 from engine.sampler import Sampler
 from engine.scheduler import Step
 from engine.statistics import Statistics, summary_line
 from engine.step_loop import StepLoop
-from engine.text_service import PastTurn, TextService
+from engine.text_service import TextService
 from engine.token_log import TokenLog
 from engine.turns import Turns
 from engine.types import (
@@ -40,6 +41,7 @@ from engine.types import (
     ConversationRecord,
     Delta,
     FinishReason,
+    ForkRequest,
     GenerateRequest,
     ModelInfo,
     OpenRequest,
@@ -54,11 +56,6 @@ from engine.types import (
     TurnRequest,
 )
 
-SEQ_GAP = 2**20
-"""After a restart `seq` goes on this far behind the last stored one: events that were sent but not stored
-stay behind it.
-"""
-MAX_ID_LENGTH = 128
 COMMIT_S = 10.0
 """A drain whose grace is over waits so long for the token log to take what was said."""
 
@@ -103,8 +100,8 @@ class AsyncEngine:
             thread_setup=thread_setup,
         )
         self._turns.wake = self._steps.wake
-        self._live: dict[ConversationId, LiveConversation] = {}  # least recently used first
-        self._loading: dict[tuple[Tenant, ConversationId], asyncio.Future[LiveConversation]] = {}
+        self._registry = Registry(core, log, info.fingerprint, config.max_conversations)
+        self._operations = Operations(core, log, text, clock, self._registry)
         self._failed: asyncio.Event = asyncio.Event()
         self._num_generated = 0
         self._stack = AsyncExitStack()
@@ -122,17 +119,14 @@ class AsyncEngine:
     # -- conversations
 
     async def open(self, tenant: Tenant, request: OpenRequest) -> Attachment:
-        """A new conversation, in the log before this returns.  AlreadyExists, InvalidRequest, Draining."""
+        """A new conversation, in the log before this returns, with the history it is given as its first turn.
+
+        AlreadyExists, InvalidRequest, Draining; ContextOverflow for a history that is too long.
+        """
         self._refuse_if_over()
-        id = request.conversation_id
-        if id is not None and not (0 < len(id) <= MAX_ID_LENGTH and id.isprintable()):
-            raise InvalidRequest(
-                f"conversation id {id[:40]!r} has {len(id)} characters; "
-                f"use 1 to {MAX_ID_LENGTH} printable ones, or none"
-            )
         now = self._clock.wall()
         record = ConversationRecord(
-            id=id if id is not None else ConversationId(f"c-{secrets.token_hex(8)}"),
+            id=checked_id(request.conversation_id),
             tenant=tenant,
             fingerprint=self._info.fingerprint,
             system=request.system,
@@ -141,12 +135,29 @@ class AsyncEngine:
             created_at=now,
             updated_at=now,
             resume_token=secrets.token_urlsafe(16),
+            tools=request.tools,
+            on_rewrite=request.on_rewrite,
         )
-        await asyncio.wrap_future(self._log.create(record))
-        live = self._live.get(record.id)  # somebody may have resumed it already
+        first = None
+        if request.history:
+            first = await self._turns.inputs.of_history(record, request.history)
+            record = replace(record, seq_mark=first.done_seq)
+        await asyncio.wrap_future(self._log.create(record, first))
+        live = self._registry.get(record.id)  # somebody may have resumed it already
         if live is None:
-            live = self._keep(self._live_from(record, []))
+            turns = [] if first is None else [first]
+            live = self._registry.keep(self._registry.new(record, turns, was_computed=False))
+            self._core.compute_when_idle(live.core)
+            self._steps.wake()
         return self._attach(live, [], live.seq)
+
+    async def fork(self, tenant: Tenant, request: ForkRequest) -> ConversationRecord:
+        """A new conversation with the history of another up to a point; `resume` attaches to it.
+
+        NotFound; AlreadyExists unless the id was given to the same fork; InvalidRequest; Draining.
+        """
+        self._refuse_if_over()
+        return await self._operations.fork(tenant, request)
 
     async def resume(self, tenant: Tenant, request: ResumeRequest) -> Attachment:
         """Attach to a conversation wherever it is; a stream that holds it loses it.  What came after
@@ -155,7 +166,7 @@ class AsyncEngine:
         NotFound; PermissionDenied for a wrong token; Conflict for another model or number of tokens.
         """
         self._refuse_if_over()
-        live = await self._find(tenant, request.conversation_id)
+        live = await self._registry.find(tenant, request.conversation_id)
         if request.resume_token is not None and not secrets.compare_digest(
             request.resume_token.encode(), live.record.resume_token.encode()
         ):
@@ -171,18 +182,15 @@ class AsyncEngine:
         while True:
             num_turns = len(live.turns)
             missed = await self._missed(live, after_seq)
-            if self._live.get(live.record.id) is live and num_turns == len(live.turns):
+            if self._registry.get(live.record.id) is live and num_turns == len(live.turns):
                 return self._attach(live, missed, after_seq)
-            live = await self._find(tenant, request.conversation_id)
+            live = await self._registry.find(tenant, request.conversation_id)
 
     async def get(
         self, tenant: Tenant, conversation_id: ConversationId
     ) -> tuple[ConversationRecord, list[TurnRecord]]:
         """A conversation and its committed turns.  NotFound."""
-        loaded = await asyncio.wrap_future(self._log.load(conversation_id))
-        if loaded is None or loaded[0].tenant != tenant:
-            raise _not_found(conversation_id)
-        return loaded
+        return await self._registry.read(tenant, conversation_id)
 
     async def list(
         self, tenant: Tenant, labels: dict[str, str], page_size: int, page_token: str | None
@@ -195,15 +203,14 @@ class AsyncEngine:
 
     async def delete(self, tenant: Tenant, conversation_id: ConversationId) -> None:
         """Erase a conversation everywhere.  NotFound."""
-        if conversation_id not in self._live:
+        if self._registry.get(conversation_id) is None:
             await self.get(tenant, conversation_id)
-        while loading := self._loading.get((tenant, conversation_id)):
-            await asyncio.wait([loading])
-        live = self._live.get(conversation_id)
+        await self._registry.loaded(tenant, conversation_id)
+        live = self._registry.get(conversation_id)
         if live is None:
             await asyncio.wrap_future(self._log.delete(conversation_id))
         elif live.record.tenant != tenant:
-            raise _not_found(conversation_id)
+            raise not_found(conversation_id)
         else:
             await self._erase(live)
 
@@ -218,9 +225,9 @@ class AsyncEngine:
         id = ConversationId(f"generate-{self._num_generated}")
         now = self._clock.wall()
         record = ConversationRecord(
-            id, tenant, self._info.fingerprint, None, SamplingParams(), created_at=now
+            id, tenant, self._info.fingerprint, None, SamplingParams(), created_at=now, tools=request.tools
         )
-        live = self._live_from(record, [])
+        live = self._registry.new(record)
         live.is_logged = False
         attachment = self._attach(live, [], live.seq)
         try:
@@ -304,7 +311,7 @@ class AsyncEngine:
         self._end_all(error)
 
     def _end_all(self, error: Exception) -> None:
-        for live in self._live.values():
+        for live in self._registry:
             if live.outbox is not None:
                 live.outbox.end(error)
 
@@ -312,58 +319,12 @@ class AsyncEngine:
         if self._turns.stopped is not None:
             raise self._turns.stopped
 
-    async def _find(self, tenant: Tenant, conversation_id: ConversationId) -> LiveConversation:
-        """The conversation, brought back from the log if it is not in memory."""
-        live = self._live.get(conversation_id)
-        if live is None:
-            key = tenant, conversation_id
-            loading = self._loading.get(key)
-            if loading is None:
-                loading = self._loading[key] = asyncio.ensure_future(self._load(*key))
-                loading.add_done_callback(lambda _: self._loading.pop(key))
-            live = await asyncio.shield(loading)
-        if live.record.tenant != tenant or live.is_deleted:
-            raise _not_found(conversation_id)
-        return live
-
-    async def _load(self, tenant: Tenant, conversation_id: ConversationId) -> LiveConversation:
-        record, turns = await self.get(tenant, conversation_id)
-        if record.fingerprint != self._info.fingerprint:
-            raise Conflict(
-                f"{conversation_id} belongs to model {record.fingerprint}, "
-                f"this server has {self._info.fingerprint}; serve that model, or open a new conversation"
-            )
-        seq = record.seq_mark + SEQ_GAP
-        await asyncio.wrap_future(self._log.set_seq_mark(conversation_id, seq))
-        if conversation_id in self._live:  # it was just being opened
-            return self._live[conversation_id]
-        live = self._keep(self._live_from(record, turns))
-        live.seq, live.retries = seq, True
-        live.history_rewritten = bool(turns) and turns[-1].history_rewritten
-        return live
-
     async def _missed(self, live: LiveConversation, after_seq: int) -> Sequence[ConversationEvent]:
         """Events of committed turns behind `after_seq`; those of the turn in flight are in the journal."""
         if not live.turns or after_seq >= live.journal_start:
             return []
-        turns = await self._turns.committed_turns(live)
+        turns = await self._turns.inputs.committed_turns(live)
         return [event for turn in turns if turn.done_seq > after_seq for event in self._turns.replay(turn)]
-
-    def _live_from(self, record: ConversationRecord, turns: Sequence[TurnRecord]) -> LiveConversation:
-        tokens = array("i")
-        for turn in turns:
-            tokens.extend(array("i", turn.prompt_ids + turn.reply_ids))
-        core = self._core.new_conversation(record.id, record.tenant, tokens)
-        digests = {turn.turn_id: turn.digest for turn in turns}
-        live = LiveConversation(record, core, digests, record.seq_mark)
-        live.not_in_past += map(PastTurn.of, turns)
-        live.idle.set()
-        return live
-
-    def _keep(self, live: LiveConversation) -> LiveConversation:
-        """From now on others find it."""
-        self._live[live.record.id] = live
-        return live
 
     def _attach(
         self, live: LiveConversation, missed: Sequence[ConversationEvent], after_seq: int
@@ -375,26 +336,11 @@ class AsyncEngine:
         live.attach(outbox, missed, after_seq)
         self._turns.resume_reading(live)
         if live.is_logged:
-            self._keep(self._live.pop(live.record.id))  # now the most recently used
-        self._unload_idle()
-        return Attachment(live, outbox, self._turns, self._erase, self._config.disconnect_grace_s)
-
-    def _unload_idle(self) -> None:
-        surplus = len(self._live) - self._config.max_conversations
-        if surplus > 0:
-            idle = (live for live in self._live.values() if live.outbox is None and live.idle.is_set())
-            for live in [live for live, _ in zip(idle, range(surplus), strict=False)]:
-                self._forget(live)
+            self._registry.keep(live)
+        self._registry.unload_idle()
+        grace_s = self._config.disconnect_grace_s
+        return Attachment(live, outbox, self._turns, self._operations, self._erase, grace_s)
 
     async def _erase(self, live: LiveConversation) -> None:
         await self._turns.erase(live)
-        self._forget(live)
-
-    def _forget(self, live: LiveConversation) -> None:
-        if self._live.get(live.record.id) is live:
-            del self._live[live.record.id]
-            self._core.forget(live.core)
-
-
-def _not_found(conversation_id: ConversationId) -> NotFound:
-    return NotFound(f"there is no conversation {conversation_id}; open a new one or list yours")
+        self._registry.forget(live)

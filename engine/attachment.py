@@ -4,8 +4,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from engine.errors import AttachmentTaken
 from engine.live import LiveConversation, Outbox
+from engine.operations import Operations
 from engine.turns import Turns
-from engine.types import ConversationEvent, ConversationId, TurnId, TurnRequest
+from engine.types import (
+    ConversationEvent,
+    ConversationId,
+    Point,
+    RegenerateRequest,
+    Standing,
+    TurnId,
+    TurnRequest,
+    UpdateRequest,
+)
 
 
 class Attachment:
@@ -18,10 +28,12 @@ class Attachment:
         live: LiveConversation,
         outbox: Outbox,
         turns: Turns,
+        operations: Operations,
         erase: Callable[[LiveConversation], Awaitable[None]],
         grace_s: float,
     ) -> None:
-        self._live, self._outbox, self._turns = live, outbox, turns
+        self._live, self._outbox = live, outbox
+        self._turns, self._operations = turns, operations
         self._erase, self._grace_s = erase, grace_s
         self.conversation_id: ConversationId = live.record.id
         self.resume_token = live.record.resume_token
@@ -38,10 +50,23 @@ class Attachment:
     async def turn(self, request: TurnRequest) -> None:
         """Returns once the turn is accepted; raises if it is refused.  A turn id that is known with the
         same content replays its outcome."""
+        await self._accept(request)
+
+    async def regenerate(self, request: RegenerateRequest) -> None:
+        """Another reply to an earlier turn, which gives way once this one is committed.  As `turn`; NotFound
+        or InvalidRequest if there is no such reply."""
+        await self._accept(request)
+
+    async def rewind(self, point: Point) -> Standing:
+        """Forget the history behind `point`.  Conflict while a turn is in flight; InvalidRequest for a point
+        that is not in the history or inside a message."""
         self._check_held()
-        await self._turns.accept(self._live, request)
-        if self._live.outbox is None:  # the stream went away while the text was tokenised
-            self._turns.cancel_after(self._live, self._grace_s)
+        return await self._operations.rewind(self._live, point)
+
+    async def update(self, request: UpdateRequest) -> None:
+        """Change the defaults of the turns to come, and the labels."""
+        self._check_held()
+        await self._operations.update(self._live, request)
 
     async def cancel(self, turn_id: TurnId, keep: bool) -> None:
         """End the turn in flight; with `keep` what was said is committed, otherwise the turn leaves no
@@ -66,6 +91,12 @@ class Attachment:
         """
         if self._live.outbox is self._outbox:
             self._release()
+            self._turns.cancel_after(self._live, self._grace_s)
+
+    async def _accept(self, request: TurnRequest | RegenerateRequest) -> None:
+        self._check_held()
+        await self._turns.accept(self._live, request)
+        if self._live.outbox is None:  # the stream went away while the text was tokenised
             self._turns.cancel_after(self._live, self._grace_s)
 
     def _release(self) -> None:

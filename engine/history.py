@@ -36,6 +36,16 @@ class Cut:
     is_prefix: bool  # of the tokens as they stand now
 
 
+@dataclass(frozen=True, slots=True)
+class Rewound:
+    """Where a history ends after it was cut."""
+
+    num_turns: int
+    num_tokens: int
+    tokens: "array[int] | None"  # None: the first of those that it had
+    history_rewritten: bool  # as its last turn says
+
+
 def tokens_of(turns: Iterable[TurnRecord]) -> "array[int]":
     """The history that `turns`, from the first on, make."""
     tokens = array("i")

@@ -7,12 +7,15 @@ nothing; committed turns are replayed from the token log.
 """
 
 import asyncio
+from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import accumulate, chain, groupby
+from typing import Protocol
 
 from engine.conversation import Conversation, Turn
+from engine.errors import Conflict
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text_service import PastTurn
 from engine.types import (
@@ -20,15 +23,22 @@ from engine.types import (
     ConversationRecord,
     Delta,
     Message,
+    ReplyKind,
+    SamplingParams,
     TurnAccepted,
     TurnDone,
     TurnId,
     TurnRecord,
-    TurnRequest,
 )
 
 MAX_UNREAD_TOKENS = 256
 """A turn whose reader is this far behind pauses until it has caught up."""
+
+
+class ReplyKinds(Protocol):
+    """Tells stretches of one reply apart."""
+
+    def push(self, token_id: int) -> ReplyKind: ...
 
 
 class Outbox:
@@ -47,10 +57,9 @@ class Outbox:
             isinstance(last, Delta)
             and isinstance(event, Delta)
             and event.offset == last.offset + len(last.token_ids)
+            and event.kind is last.kind
         ):
-            self._events[-1] = replace(
-                last, seq=event.seq, token_ids=last.token_ids + event.token_ids, text=last.text + event.text
-            )
+            self._events[-1] = _joined([last, event])
         else:
             self._events.append(event)
         self._changed.set()
@@ -79,20 +88,42 @@ class Outbox:
             await self._changed.wait()
 
 
+@dataclass(frozen=True, slots=True)
+class TurnInput:
+    """What a turn will append to a conversation, and where."""
+
+    turn_id: TurnId
+    digest: bytes  # of the request
+    number: int  # of the turn; those from there on are replaced
+    first_token: int  # position in the history
+    prompt_ids: tuple[int, ...]
+    messages: tuple[Message, ...]
+    sampling: SamplingParams  # fully resolved
+    timeout_s: float | None = None
+    wants_reply: bool = True
+    history_rewritten: bool = False
+    rewritten_from: int | None = None  # token from which the template renders the past differently
+    before: "array[int] | None" = None  # the history up to `first_token`; None: as it stands
+
+
 @dataclass(eq=False, slots=True)
 class TurnInFlight:
     """A turn between its acceptance and its place in the log."""
 
     turn: Turn
-    request: TurnRequest
-    digest: bytes
+    input: TurnInput
     detokenizer: IncrementalDetokenizer
-    history_rewritten: bool
+    kinds: ReplyKinds
     created_at: float  # Unix seconds
-    first_token: int  # position in the history
+    num_committed: int  # tokens that the log holds meanwhile
     text: list[str] = field(default_factory=list)
+    last_kind: ReplyKind = ReplyKind.TEXT  # of the reply so far
     deadline: asyncio.TimerHandle | None = None
     grace: asyncio.TimerHandle | None = None  # runs while nobody is attached
+
+    @property
+    def turn_id(self) -> TurnId:
+        return self.input.turn_id
 
     def stop_timers(self) -> None:
         for timer in (self.deadline, self.grace):
@@ -108,8 +139,10 @@ class LiveConversation:
     seq: int  # of the last event
     past: list[Message] = field(default_factory=list)  # what the chat template is given
     not_in_past: list[PastTurn] = field(default_factory=list)  # joins it when a template is next rendered
+    knows_past: bool = True  # False: the turns of the log are not in either
     is_logged: bool = True
     preparing: TurnId | None = None  # accepted by nobody yet: its text is being tokenised
+    is_rewinding: bool = False
     flight: TurnInFlight | None = None
     journal: list[ConversationEvent] = field(default_factory=list)  # of the turn in flight
     outbox: Outbox | None = None  # of the attached stream
@@ -118,18 +151,37 @@ class LiveConversation:
     is_deleted: bool = False
     idle: asyncio.Event = field(
         default_factory=asyncio.Event
-    )  # no turn is being prepared, computed or committed
+    )  # nothing is being prepared, computed, committed or rewound
     prepared: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def committed_tokens(self) -> int:
         """The length of the history in the log."""
-        return self.core.num_committed if self.flight is None else self.flight.first_token
+        return self.core.num_committed if self.flight is None else self.flight.num_committed
+
+    @property
+    def conflict(self) -> Conflict | None:
+        """What to answer to whoever wants to change the history now."""
+        if self.is_rewinding:
+            return Conflict(f"{self.record.id} is being rewound; try again when that is answered")
+        busy = self.preparing or (self.flight and self.flight.turn_id)
+        if busy is not None:
+            return Conflict(
+                f"turn {busy} is in flight in {self.record.id}; wait for its turn_done or cancel it"
+            )
+        return None
 
     @property
     def journal_start(self) -> int:
         """The last seq before the turn in flight."""
         return self.journal[0].seq - 1 if self.journal else self.seq
+
+    def keep_turns(self, num_turns: int) -> None:
+        """Turns from number `num_turns` on are not in the history any more."""
+        for turn_id in list(self.turns)[num_turns:]:
+            del self.turns[turn_id]
+        self.past, self.knows_past = [], not self.is_logged
+        self.not_in_past.clear()
 
     def next_seq(self) -> int:
         self.seq += 1
@@ -157,21 +209,48 @@ class LiveConversation:
 
 
 def _merged(journal: Sequence[ConversationEvent], after_seq: int) -> list[ConversationEvent]:
-    """Events of one turn after `after_seq`, all its deltas as one: a long reply has thousands."""
+    """Events of one turn after `after_seq`, its deltas of one kind as one: a long reply has thousands."""
     deltas = [event for event in journal if isinstance(event, Delta) and event.seq > after_seq]
     others = [event for event in journal if not isinstance(event, Delta)]
-    if not deltas:
-        return others
-    ids = tuple(chain.from_iterable(delta.token_ids for delta in deltas))
-    text = "".join(delta.text for delta in deltas)
-    return [*others, replace(deltas[-1], offset=deltas[0].offset, token_ids=ids, text=text)]
+    return [*others, *(_joined(list(stretch)) for _, stretch in groupby(deltas, lambda delta: delta.kind))]
 
 
-def replayed(record: TurnRecord, committed_tokens: int, context_left: int) -> list[ConversationEvent]:
-    """A committed turn as events: accepted, the whole reply at once, done."""
+def _joined(deltas: Sequence[Delta]) -> Delta:
+    """Consecutive deltas of one kind as one."""
+    return replace(
+        deltas[-1],
+        offset=deltas[0].offset,
+        token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+        text="".join(delta.text for delta in deltas),
+        logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive tokens of a reply that are of one kind."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    kind: ReplyKind
+
+
+def replayed(
+    record: TurnRecord, stretches: Sequence[Stretch], context_tokens: int
+) -> list[ConversationEvent]:
+    """A committed turn as events: accepted, the whole reply at once, done.
+
+    Its events had more numbers when it was computed: one for every token at least.
+    """
+    committed = record.first_token + len(record.prompt_ids) + len(record.reply_ids)
+    first_seq = record.done_seq - len(stretches)
+    offsets = accumulate((len(stretch.token_ids) for stretch in stretches), initial=0)
     return [
-        TurnAccepted(record.done_seq - 2, record.turn_id, queue_position=0),
-        Delta(record.done_seq - 1, record.turn_id, 0, record.reply_ids, record.reply_text),
+        TurnAccepted(first_seq - 1, record.turn_id, queue_position=0),
+        *(
+            Delta(first_seq + i, record.turn_id, offset, stretch.token_ids, stretch.text, stretch.kind)
+            for i, (stretch, offset) in enumerate(zip(stretches, offsets, strict=False))
+        ),
         TurnDone(
             record.done_seq,
             record.turn_id,
@@ -179,8 +258,8 @@ def replayed(record: TurnRecord, committed_tokens: int, context_left: int) -> li
             record.matched_stop,
             record.usage,
             record.timing,
-            context_left=context_left,
-            committed_tokens=committed_tokens,
+            context_left=context_tokens - committed,
+            committed_tokens=committed,
             history_rewritten=record.history_rewritten,
         ),
     ]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
 from engine.errors import AlreadyExists, InvalidRequest, InvariantError, NotFound
-from engine.history import Cut, Decode, Span, cut_at, shortened
+from engine.history import Cut, Decode, Rewound, Span, cut_at, shortened, tokens_of
 from engine.log_schema import conversation_record, conversation_row, insert, turn_record, turn_row
 from engine.types import ConversationId, ConversationRecord, Point, SamplingParams, Tenant, TurnRecord
 
@@ -71,7 +71,7 @@ def set_seq_mark(connection: sqlite3.Connection, id: ConversationId, seq_mark: i
 
 def rewind(
     connection: sqlite3.Connection, id: ConversationId, point: Point, decode: Decode, now: float
-) -> Cut:
+) -> Rewound:
     spans = _spans(connection, id)
     cut = cut_at(id, spans, point)
     if cut.num_turns < len(spans) or cut.shortens:
@@ -80,7 +80,15 @@ def rewind(
             "UPDATE conversations SET num_turns = ?, num_tokens = ?, updated_at = ? WHERE id = ?",
             (cut.num_turns, cut.num_tokens, now, id),
         )
-    return cut
+    tokens = None
+    if not cut.is_prefix:
+        turns = connection.execute("SELECT * FROM turns WHERE conversation_id = ? ORDER BY number", (id,))
+        tokens = tokens_of(turn_record(turn) for turn in turns)
+    last = connection.execute(
+        "SELECT history_rewritten FROM turns WHERE conversation_id = ? AND number = ?",
+        (id, cut.num_turns - 1),
+    ).fetchone()
+    return Rewound(cut.num_turns, cut.num_tokens, tokens, last is not None and bool(last[0]))
 
 
 def fork(

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from engine import log_statements
 from engine.errors import DataDirError, EngineStopped
-from engine.history import Cut, Decode
+from engine.history import Decode, Rewound
 from engine.log_file import IN_MEMORY, TRUNCATE_WAL, claim, connect, storage_error
 from engine.log_schema import MIGRATIONS, Migration
 from engine.log_statements import Page
@@ -109,7 +109,7 @@ class TokenLog:
         """Events up to `seq_mark` may have been sent; a later life begins behind it.  NotFound."""
         return self._submit(partial(log_statements.set_seq_mark, id=conversation_id, seq_mark=seq_mark))
 
-    def rewind(self, conversation_id: ConversationId, point: Point, decode: Decode) -> Future[Cut]:
+    def rewind(self, conversation_id: ConversationId, point: Point, decode: Decode) -> Future[Rewound]:
         """Cut the history at `point`.  A reply that is cut short gets its text from `decode`, on the log's
         thread.  NotFound; InvalidRequest for a point where it cannot be cut.
         """

@@ -1,38 +1,35 @@
 """The life of a turn around the core: accepted, delivered token by token, committed to the log, reported
-done.
+done.  What a request appends, and where, is `turn_input`'s business.
 """
 
 import asyncio
 import logging
 import secrets
-from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future as ThreadFuture
 from dataclasses import replace
-from hashlib import blake2b
+from itertools import groupby
 
+from engine import interim_text
+from engine.conversation import Turn, common_length
 from engine.core import EngineCore, TokenEvent
-from engine.errors import (
-    AlreadyExists,
-    Conflict,
-    EngineError,
-    EngineStopped,
-    InvalidRequest,
-    NotFound,
-    QueueFull,
-    TurnCancelled,
-)
-from engine.live import LiveConversation, TurnInFlight, replayed
+from engine.errors import AlreadyExists, EngineError, EngineStopped, NotFound, QueueFull, TurnCancelled
+from engine.live import LiveConversation, Stretch, TurnInFlight, TurnInput, replayed
 from engine.sampler import Sampler
 from engine.text_service import PastTurn, TextService
 from engine.token_log import TokenLog
+from engine.turn_input import TurnInputs, digest_of
 from engine.types import (
     Clock,
     ConversationEvent,
     Delta,
     FinishReason,
+    HistoryRewritten,
+    RegenerateRequest,
+    ReplyKind,
     SamplingParams,
     Timing,
+    TokenLogprobs,
     TurnAccepted,
     TurnFailed,
     TurnId,
@@ -61,10 +58,11 @@ class Turns:
         stateless: bool,
     ) -> None:
         self.core = core
+        self.inputs = TurnInputs(
+            log, text, sampler, defaults, vocab_size=vocab_size, context_tokens=core.context_tokens
+        )
         self.stopped: EngineError | None = None  # why no turn is accepted any more
-        self._log, self._text, self._sampler, self._clock = log, text, sampler, clock
-        self._defaults = defaults
-        self._vocab_size = vocab_size
+        self._log, self._text, self._clock = log, text, clock
         self._max_queue = max_queue
         self._stateless = stateless
         self._in_flight: dict[int, LiveConversation] = {}  # by Turn.row
@@ -72,15 +70,16 @@ class Turns:
 
     # -- begin
 
-    async def accept(self, live: LiveConversation, request: TurnRequest) -> None:
+    async def accept(self, live: LiveConversation, request: TurnRequest | RegenerateRequest) -> None:
         """Queue the turn, or replay it if it was committed before.  Raises EngineError if it is refused."""
-        self._check(request)
-        digest = _digest(request)
+        if isinstance(request, TurnRequest):
+            self.inputs.check(request)
+        digest = digest_of(request)
         while live.preparing == request.turn_id:  # it is sent again, over another stream
             await live.prepared.wait()
         known = live.turns.get(request.turn_id)
-        if live.flight is not None and live.flight.request.turn_id == request.turn_id:
-            known = live.flight.digest
+        if live.flight is not None and live.flight.turn_id == request.turn_id:
+            known = live.flight.input.digest
         if known is not None:
             if known != digest:
                 raise AlreadyExists(
@@ -90,90 +89,107 @@ class Turns:
             if request.turn_id in live.turns:
                 await self._replay(live, request.turn_id)
             return
-        if live.preparing is not None or not live.idle.is_set():
-            busy = live.preparing or (live.flight and live.flight.request.turn_id)
-            raise Conflict(
-                f"turn {busy} is in flight in {live.record.id}; wait for its turn_done or cancel it"
-            )
-        self._check_room()
+        if (conflict := live.conflict) is not None:
+            raise conflict
+        self._check_room(request)
         live.preparing = request.turn_id
         live.idle.clear()
         live.prepared.clear()
         try:
-            await self._begin(live, request, digest)
+            await self._begin(live, request)
         finally:
             live.preparing = None
             if live.flight is None:
                 live.idle.set()
             live.prepared.set()
 
-    def _check_room(self) -> None:
+    def _check_room(self, request: TurnRequest | RegenerateRequest) -> None:
         if self.stopped is not None:
             raise self.stopped
         waiting = self.core.scheduler.num_waiting
-        if waiting >= self._max_queue:
+        wants_reply = isinstance(request, RegenerateRequest) or request.wants_reply
+        if wants_reply and waiting >= self._max_queue:
             raise QueueFull(
                 f"{waiting} turns are waiting already, of at most {self._max_queue}; try again in a second"
             )
 
-    def _check(self, request: TurnRequest) -> None:
-        if bool(request.messages) == bool(request.token_ids):
-            what = "both messages and token ids" if request.messages else "neither text nor token ids"
-            raise InvalidRequest(f"turn {request.turn_id} has {what}; send one of them")
-        for token_id in (min(request.token_ids, default=0), max(request.token_ids, default=0)):
-            if not 0 <= token_id < self._vocab_size:
-                raise InvalidRequest(f"token id {token_id} is outside the vocabulary of {self._vocab_size}")
-
-    async def _begin(self, live: LiveConversation, request: TurnRequest, digest: bytes) -> None:
-        accepted_at = self._clock.wall()
-        sampling = request.sampling.over(live.record.sampling).over(self._defaults)
-        self._sampler.check(sampling)
-        ids, rewritten = await self._prompt_ids(live, request)
+    async def _begin(self, live: LiveConversation, request: TurnRequest | RegenerateRequest) -> None:
+        created_at = self._clock.wall()
+        input = await self.inputs.of(live, request)
+        bad_word_ids = await interim_text.bad_word_ids(self._text, input.sampling.bad_words or ())
         if live.is_deleted:
             raise NotFound(f"conversation {live.record.id} was deleted")
-        self._check_room()
-        position, first_token = self.core.scheduler.num_waiting, len(live.core.tokens)
-        seed = sampling.seed if sampling.seed is not None else secrets.randbits(63)
-        turn = self.core.begin(live.core, request.turn_id, ids, sampling, seed)
-        detokenizer = self._text.detokenizer(sampling.stop or (), ids[-1], sampling.min_tokens or 0)
-        live.flight = TurnInFlight(turn, request, digest, detokenizer, rewritten, accepted_at, first_token)
+        self._check_room(request)
+        position, num_committed = self.core.scheduler.num_waiting, len(live.core.tokens)
+        turn = self._enter(live, input, bad_word_ids)
+        detokenizer = interim_text.detokenizer(self._text, input.sampling, input.prompt_ids[-1])
+        kinds = interim_text.kinds(self._text, input.prompt_ids)
+        live.flight = TurnInFlight(turn, input, detokenizer, kinds, created_at, num_committed)
         self._in_flight[turn.row] = live
         live.journal.clear()
-        live.emit(TurnAccepted(live.next_seq(), request.turn_id, position, live.retries))
-        if request.timeout_s is not None:
+        live.emit(TurnAccepted(live.next_seq(), input.turn_id, position * input.wants_reply, live.retries))
+        if (first := input.rewritten_from) is not None:
+            policy, seq = live.record.on_rewrite, live.next_seq()
+            live.emit(HistoryRewritten(seq, input.turn_id, first, num_committed - first, policy))
+        if not input.wants_reply:
+            self._conclude(live, FinishReason.APPENDED)
+        elif input.timeout_s is not None:
             live.flight.deadline = asyncio.get_running_loop().call_later(
-                request.timeout_s, self.end, live, FinishReason.DEADLINE, True
+                input.timeout_s, self.end, live, FinishReason.DEADLINE, True
             )
         self.wake()
 
-    async def _prompt_ids(self, live: LiveConversation, request: TurnRequest) -> tuple[Sequence[int], bool]:
-        if request.token_ids:
-            return request.token_ids, live.history_rewritten
-        system = live.record.system
-        if live.not_in_past:
-            live.past += await self._text.past(system, tuple(live.not_in_past), live.core.tokens[:])
-            live.not_in_past.clear()
-        last_id = live.core.tokens[-1] if live.core.tokens else None
-        new = self._text.sent_messages(None if live.turns else system, request.messages, ())
-        prompt = await self._text.prompt(live.past, last_id, new, live.record.created_at)
-        if not prompt.ids:
-            raise InvalidRequest(f"turn {request.turn_id} adds no token to the conversation; send some text")
-        return prompt.ids, live.history_rewritten or not prompt.matches_full_render
+    def _enter(
+        self, live: LiveConversation, input: TurnInput, bad_word_ids: tuple[tuple[int, ...], ...]
+    ) -> Turn:
+        """The turn in the core.  It begins where its history departs from the one that stands."""
+        first, ids = input.first_token, input.prompt_ids
+        if input.before is not None:
+            first = common_length(input.before, live.core.tokens)
+            ids = (*input.before[first:], *ids)
+        if not input.wants_reply:
+            return self.core.append(live.core, input.turn_id, ids, first_token=first)
+        given = input.sampling.seed
+        return self.core.begin(
+            live.core,
+            input.turn_id,
+            ids,
+            input.sampling,
+            secrets.randbits(63) if given is None else given,
+            first_token=first,
+            bad_word_ids=bad_word_ids,
+        )
 
     async def _replay(self, live: LiveConversation, turn_id: TurnId) -> None:
         outbox = live.outbox
-        for record in await self.committed_turns(live):
+        for record in await self.inputs.committed_turns(live):
             if record.turn_id == turn_id and outbox is not None:
                 for event in self.replay(record):
                     outbox.put(event)
 
-    async def committed_turns(self, live: LiveConversation) -> list[TurnRecord]:
-        loaded = await asyncio.wrap_future(self._log.load(live.record.id))
-        return loaded[1] if loaded is not None else []
-
     def replay(self, record: TurnRecord) -> list[ConversationEvent]:
-        committed = record.first_token + len(record.prompt_ids) + len(record.reply_ids)
-        return replayed(record, committed, self.core.context_tokens - committed)
+        return replayed(record, self._stretches(record), self.core.context_tokens)
+
+    def _stretches(self, record: TurnRecord) -> list[Stretch]:
+        """The reply by kinds of text, at least one unless there was no reply to give."""
+        if record.finish_reason is FinishReason.APPENDED:
+            return []
+        kinds = interim_text.kinds(self._text, record.prompt_ids)
+        stretches = [(kind, tuple(ids)) for kind, ids in groupby(record.reply_ids, kinds.push)]
+        if len(stretches) < 2:
+            kind = stretches[0][0] if stretches else ReplyKind.TEXT
+            return [Stretch(record.reply_ids, record.reply_text, kind)]
+        detokenizer, rest = (
+            interim_text.detokenizer(self._text, SamplingParams(), record.prompt_ids[-1]),
+            record.reply_text,
+        )
+        parts = []
+        for kind, ids in stretches[:-1]:
+            length = len(detokenizer.push(ids))
+            parts.append(Stretch(ids, rest[:length], kind))
+            rest = rest[length:]
+        kind, ids = stretches[-1]
+        return [*parts, Stretch(ids, rest, kind)]
 
     # -- tokens
 
@@ -184,7 +200,9 @@ class Turns:
             flight = live.flight
             assert flight is not None
             text = flight.detokenizer.push((event.token_id,))
-            self._emit_text(live, flight, (event.token_id,), text)
+            kind = flight.kinds.push(event.token_id)
+            logprobs = () if event.logprobs is None else (event.logprobs,)
+            self._emit_text(live, flight, (event.token_id,), text, kind, logprobs)
             if flight.detokenizer.matched_stop is not None:
                 if event.finish_reason is None:
                     self.core.finish(event.turn, FinishReason.STOP_STRING, event.turn.num_generated)
@@ -200,11 +218,18 @@ class Turns:
             self.wake()
 
     def _emit_text(
-        self, live: LiveConversation, flight: TurnInFlight, ids: tuple[int, ...], text: str
+        self,
+        live: LiveConversation,
+        flight: TurnInFlight,
+        ids: tuple[int, ...],
+        text: str,
+        kind: ReplyKind,
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         flight.text.append(text)
+        flight.last_kind = kind
         offset = flight.turn.num_generated - len(ids)
-        live.emit(Delta(live.next_seq(), flight.request.turn_id, offset, ids, text))
+        live.emit(Delta(live.next_seq(), flight.turn_id, offset, ids, text, kind, logprobs))
 
     # -- end
 
@@ -213,7 +238,7 @@ class Turns:
             await live.prepared.wait()
         if turn_id in live.turns:
             return  # it was over before the cancel came: its outcome is on the way
-        if live.flight is None or live.flight.request.turn_id != turn_id:
+        if live.flight is None or live.flight.turn_id != turn_id:
             raise NotFound(f"turn {turn_id} is not in flight in {live.record.id}; nothing was cancelled")
         self.end(live, FinishReason.CANCELLED, keep)
 
@@ -226,7 +251,7 @@ class Turns:
         if keep:
             self._conclude(live, reason)
         else:
-            self._fail(live, TurnCancelled(f"turn {flight.request.turn_id} was cancelled and discarded"))
+            self._fail(live, TurnCancelled(f"turn {flight.turn_id} was cancelled and discarded"))
 
     def cancel_after(self, live: LiveConversation, grace_s: float) -> None:
         """End the turn in flight in `grace_s` seconds if nobody has attached by then."""
@@ -245,7 +270,7 @@ class Turns:
         flight = live.flight
         assert flight is not None
         if rest := flight.detokenizer.finish():
-            self._emit_text(live, flight, (), rest)
+            self._emit_text(live, flight, (), rest, flight.last_kind)
         record = self._record(live, flight, reason)
         if self._stateless:
             self.core.manager.drop(live.core.table)
@@ -259,18 +284,17 @@ class Turns:
         )
 
     def _record(self, live: LiveConversation, flight: TurnInFlight, reason: FinishReason) -> TurnRecord:
-        turn = flight.turn
+        turn, input = flight.turn, flight.input
         now = self._clock.monotonic()
-        live.seq = max(
-            live.seq, live.journal[0].seq + 1
-        )  # a replay needs three numbers: accepted, delta, done
+        num_before_done = 1 if reason is FinishReason.APPENDED else 2  # a replay is accepted, a delta, done
+        live.seq = max(live.seq, live.journal[0].seq + num_before_done - 1)
         return TurnRecord(
-            turn_id=flight.request.turn_id,
-            number=len(live.turns),
-            first_token=flight.first_token,
-            prompt_ids=turn.prompt_ids,
+            turn_id=input.turn_id,
+            number=input.number,
+            first_token=input.first_token,
+            prompt_ids=input.prompt_ids,
             reply_ids=tuple(turn.reply_ids),
-            messages=flight.request.messages,
+            messages=input.messages,
             reply_text="".join(flight.text),
             finish_reason=reason,
             matched_stop=flight.detokenizer.matched_stop,
@@ -282,8 +306,8 @@ class Turns:
             ),
             created_at=flight.created_at,
             done_seq=live.next_seq(),
-            digest=flight.digest,
-            history_rewritten=flight.history_rewritten,
+            digest=input.digest,
+            history_rewritten=input.history_rewritten,
         )
 
     def _committed(
@@ -299,7 +323,11 @@ class Turns:
         self._fail(live, error if isinstance(error, Exception) else EngineStopped(str(error)))
 
     def _done(self, live: LiveConversation, flight: TurnInFlight, record: TurnRecord) -> None:
-        live.not_in_past.append(PastTurn.of(record))
+        self.core.confirm(flight.turn)
+        if record.number < len(live.turns):
+            live.keep_turns(record.number)
+        if live.knows_past:
+            live.not_in_past.append(PastTurn.of(record))
         live.turns[record.turn_id] = record.digest
         live.history_rewritten = record.history_rewritten
         live.retries = False
@@ -309,7 +337,7 @@ class Turns:
     def _fail(self, live: LiveConversation, error: Exception) -> None:
         assert live.flight is not None
         live.retries = True
-        live.emit(TurnFailed(live.next_seq(), live.flight.request.turn_id, error))
+        live.emit(TurnFailed(live.next_seq(), live.flight.turn_id, error))
         self._close_flight(live)
 
     def _close_flight(self, live: LiveConversation) -> None:
@@ -347,10 +375,3 @@ class Turns:
         await live.idle.wait()
         if live.is_logged:
             await asyncio.wrap_future(self._log.delete(live.record.id))
-
-
-def _digest(request: TurnRequest) -> bytes:
-    """Of the content of a turn, by which a repeated turn id is recognised."""
-    digest = blake2b(repr((request.messages, request.sampling)).encode(), digest_size=16)
-    digest.update(array("q", request.token_ids))  # anything a client may send; not checked yet
-    return digest.digest()

@@ -33,6 +33,8 @@ FLOORS = {
     "engine.attachment": 5,
     "engine.core": 5,
     "engine.loader": 5,
+    "engine.operations": 5,
+    "engine.registry": 5,
     "engine.step_loop": 5,
     "engine.turns": 5,
     "rpc": 6,

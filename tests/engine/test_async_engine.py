@@ -333,7 +333,7 @@ async def test_idle_conversations_leave_memory_and_come_back() -> None:
             chat = await engine.open(LOCAL, OpenRequest())
             replies[chat.conversation_id], _ = await say(chat, ids_turn("1", [number, 9]))
             chat.detach()
-        assert len(engine._live) <= 2
+        assert len(engine._registry) <= 2
         for number, (id, first) in enumerate(replies.items()):
             again = await engine.resume(LOCAL, ResumeRequest(id))
             second, _ = await say(again, ids_turn("2", [3]))

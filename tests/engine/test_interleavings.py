@@ -113,7 +113,7 @@ async def test_a_conversation_that_is_deleted_while_it_is_loaded_does_not_come_t
         await deleting
         with pytest.raises(NotFound):
             await until_done(await resuming)
-        assert not engine._live
+        assert not len(engine._registry)
 
 
 async def test_a_stranger_who_asks_first_does_not_keep_the_owner_out(tmp_path: Path) -> None:

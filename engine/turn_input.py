@@ -1,0 +1,191 @@
+"""From a request to what it appends: checked, rendered, tokenised, or found in the log."""
+
+import asyncio
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+from engine import interim_text
+from engine.errors import ContextOverflow, InvalidRequest, NotFound
+from engine.history import tokens_of
+from engine.live import LiveConversation, TurnInput
+from engine.sampler import Sampler
+from engine.text_service import PastTurn, TextService
+from engine.token_log import TokenLog
+from engine.types import (
+    ConversationRecord,
+    FinishReason,
+    Message,
+    RegenerateRequest,
+    RewritePolicy,
+    SamplingParams,
+    Timing,
+    TurnId,
+    TurnRecord,
+    TurnRequest,
+    Usage,
+)
+
+HISTORY = TurnId("history")
+"""The turn that holds what was said before a conversation was opened."""
+HISTORY_SEQ = 2
+"""Of its `TurnDone`: 1 is that it was accepted."""
+
+
+@dataclass
+class _Prompt:
+    ids: list[int]
+    first_token: int
+    rewritten_from: int | None
+
+
+class TurnInputs:
+    def __init__(
+        self,
+        log: TokenLog,
+        text: TextService,
+        sampler: Sampler,
+        defaults: SamplingParams,
+        *,
+        vocab_size: int,
+        context_tokens: int,
+    ) -> None:
+        self._log, self._text, self._sampler = log, text, sampler
+        self._defaults = defaults
+        self._vocab_size = vocab_size
+        self._context_tokens = context_tokens
+
+    def check(self, request: TurnRequest) -> None:
+        """InvalidRequest for what no conversation could take."""
+        if bool(request.messages) == bool(request.token_ids):
+            what = "both messages and token ids" if request.messages else "neither text nor token ids"
+            raise InvalidRequest(f"turn {request.turn_id} has {what}; send one of them")
+        for token_id in (min(request.token_ids, default=0), max(request.token_ids, default=0)):
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequest(f"token id {token_id} is outside the vocabulary of {self._vocab_size}")
+
+    async def of(self, live: LiveConversation, request: TurnRequest | RegenerateRequest) -> TurnInput:
+        """What `request` appends to the history as it stands.  Raises EngineError if it cannot be."""
+        sampling = request.sampling.over(live.record.sampling).over(self._defaults)
+        self._sampler.check(sampling)
+        if isinstance(request, RegenerateRequest):
+            return await self._again(live, request, sampling)
+        return await self._next(live, request, sampling)
+
+    async def of_history(self, record: ConversationRecord, messages: tuple[Message, ...]) -> TurnRecord:
+        """The first turn of a conversation that begins with `messages`.  InvalidRequest, ContextOverflow."""
+        ids = await interim_text.history(self._text, record.system, messages, record.tools, record.created_at)
+        if len(ids) > self._context_tokens:
+            raise ContextOverflow(
+                f"the history has {len(ids)} tokens and the context {self._context_tokens}; shorten it"
+            )
+        return TurnRecord(
+            turn_id=HISTORY,
+            number=0,
+            first_token=0,
+            prompt_ids=tuple(ids),
+            reply_ids=(),
+            messages=messages,
+            reply_text="",
+            finish_reason=FinishReason.APPENDED,
+            matched_stop=None,
+            usage=Usage(),
+            timing=Timing(),
+            created_at=record.created_at,
+            done_seq=HISTORY_SEQ,
+            digest=digest_of(TurnRequest(HISTORY, messages, wants_reply=False)),
+        )
+
+    async def committed_turns(self, live: LiveConversation) -> list[TurnRecord]:
+        loaded = await asyncio.wrap_future(self._log.load(live.record.id))
+        return loaded[1] if loaded is not None else []
+
+    async def _next(
+        self, live: LiveConversation, request: TurnRequest, sampling: SamplingParams
+    ) -> TurnInput:
+        ids: Sequence[int] = request.token_ids
+        first_token, rewritten_from = len(live.core.tokens), None
+        if request.messages:
+            prompt = await self._prompt(live, request)
+            ids, first_token, rewritten_from = prompt.ids, prompt.first_token, prompt.rewritten_from
+        keeps = live.record.on_rewrite is RewritePolicy.KEEP
+        if not ids:
+            raise InvalidRequest(f"turn {request.turn_id} adds no token to the conversation; send some text")
+        return TurnInput(
+            request.turn_id,
+            digest_of(request),
+            len(live.turns),
+            first_token,
+            tuple(ids),
+            request.messages,
+            sampling,
+            request.timeout_s,
+            request.wants_reply,
+            history_rewritten=keeps and (live.history_rewritten or rewritten_from is not None),
+            rewritten_from=rewritten_from,
+        )
+
+    async def _prompt(self, live: LiveConversation, request: TurnRequest) -> _Prompt:
+        system = live.record.system
+        if not live.knows_past:
+            live.not_in_past += map(PastTurn.of, await self.committed_turns(live))
+            live.knows_past = True
+        if live.not_in_past:
+            live.past += await self._text.past(system, tuple(live.not_in_past), live.core.tokens[:])
+            live.not_in_past.clear()
+        last_id = live.core.tokens[-1] if live.core.tokens else None
+        new = self._text.sent_messages(None if live.turns else system, request.messages, ())
+        prompt = await self._text.prompt(live.past, last_id, new, live.record.created_at)
+        return _Prompt(prompt.ids, len(live.core.tokens), None if prompt.matches_full_render else 0)
+
+    async def _again(
+        self, live: LiveConversation, request: RegenerateRequest, sampling: SamplingParams
+    ) -> TurnInput:
+        records, name = await self.committed_turns(live), live.record.id
+        if not records:
+            raise InvalidRequest(f"{name} has no turn yet, so there is no reply to regenerate")
+        wanted = request.replaces if request.replaces is not None else records[-1].turn_id
+        old = next((record for record in records if record.turn_id == wanted), None)
+        if old is None:
+            raise NotFound(f"turn {wanted} is not in {name}; nothing was regenerated")
+        if old.finish_reason is FinishReason.APPENDED:
+            raise InvalidRequest(
+                f"turn {wanted} of {name} was appended and has no reply to regenerate; send a turn behind it"
+            )
+        return TurnInput(
+            request.turn_id,
+            digest_of(request),
+            old.number,
+            old.first_token,
+            old.prompt_ids,
+            old.messages,
+            sampling,
+            request.timeout_s,
+            history_rewritten=old.history_rewritten,
+            before=tokens_of(records[: old.number])[: old.first_token],
+        )
+
+
+def digest_of(request: TurnRequest | RegenerateRequest) -> bytes:
+    """Of what a turn asks for, by which a repeated turn id is recognised.
+
+    Only of what is set, so that a later program that knows more recognises it too.
+    """
+    asked = replace(request, turn_id=TurnId(""), timeout_s=None)
+    ids = array("q")  # holds anything that a client may send; not checked yet
+    if isinstance(asked, TurnRequest):
+        ids.extend(asked.token_ids)
+        asked = replace(asked, token_ids=())
+    kind = type(request).__name__
+    return blake2b(repr((kind, _what_is_set(asked))).encode() + ids.tobytes(), digest_size=16).digest()
+
+
+def _what_is_set(value: Any) -> Any:
+    if is_dataclass(value):
+        given = [
+            (f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default
+        ]
+        return [(name, _what_is_set(part)) for name, part in given]
+    return [_what_is_set(part) for part in value] if isinstance(value, tuple) else value
