@@ -11,16 +11,21 @@ from engine.types import (
     ConversationId,
     ConversationRecord,
     Delta,
+    ForkRequest,
     GenerateRequest,
     ModelInfo,
     OpenRequest,
+    Point,
+    RegenerateRequest,
     ResumeRequest,
+    Standing,
     Tenant,
     TurnAccepted,
     TurnDone,
     TurnId,
     TurnRecord,
     TurnRequest,
+    UpdateRequest,
 )
 
 
@@ -42,6 +47,7 @@ class Attachment(Protocol):
 
     def events(self) -> AsyncIterator[ConversationEvent]:
         """In order of seq, beginning with the replay that was asked for.  Deltas not yet taken are merged.
+        What has happened is yielded without waiting for anything.
 
         Ends once the attachment is closed and all that came before has been taken.  Raises `AttachmentTaken`,
         `Draining`, `EngineStopped`, or `NotFound` when somebody deleted the conversation.
@@ -50,6 +56,20 @@ class Attachment(Protocol):
 
     async def turn(self, request: TurnRequest) -> None:
         """Returns when the turn is accepted or its outcome will be replayed; raises if it is refused."""
+        ...
+
+    async def regenerate(self, request: RegenerateRequest) -> None:
+        """As `turn`, for another reply to what a committed turn said."""
+        ...
+
+    async def rewind(self, to: Point) -> Standing:
+        """Returns when the history behind `to` is gone from the disk; raises `Conflict` while a turn is in
+        flight.
+        """
+        ...
+
+    async def update(self, request: UpdateRequest) -> None:
+        """Returns when the change is on disk."""
         ...
 
     async def cancel(self, turn_id: TurnId, keep: bool) -> None: ...
@@ -67,6 +87,10 @@ class Backend(Protocol):
     async def open(self, tenant: Tenant, request: OpenRequest) -> Attachment: ...
 
     async def resume(self, tenant: Tenant, request: ResumeRequest) -> Attachment: ...
+
+    async def fork(self, tenant: Tenant, request: ForkRequest) -> ConversationRecord:
+        """Returns the new conversation once it is on disk, or the same one if this was asked for before."""
+        ...
 
     async def get(
         self, tenant: Tenant, conversation_id: ConversationId

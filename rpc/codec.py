@@ -1,4 +1,4 @@
-"""Proto messages <-> engine types.  Usage, timing, limits and sampling have the same fields on both sides."""
+"""Proto messages <-> engine types.  Fields, and names and numbers of enums, are the same on both sides."""
 
 import math
 from dataclasses import asdict
@@ -13,18 +13,26 @@ from engine.types import (
     ConversationRecord,
     Delta,
     FinishReason,
+    ForkRequest,
     GenerateRequest,
+    HistoryRewritten,
     Message,
     ModelInfo,
     OpenRequest,
+    Point,
+    RegenerateRequest,
     ResumeRequest,
+    RewritePolicy,
     SamplingParams,
+    Standing,
+    TokenLogprobs,
     TurnAccepted,
     TurnDone,
     TurnFailed,
     TurnId,
     TurnRecord,
     TurnRequest,
+    UpdateRequest,
 )
 from rpc._generated import continuo_pb2 as pb
 from rpc.status import error_message
@@ -41,6 +49,9 @@ def open_request(message: pb.Open) -> OpenRequest:
         system=_given(message, "system"),
         sampling=sampling_params(message.sampling),
         labels=dict(message.labels),
+        history=_messages(message.history),
+        tools=tuple(message.tools),
+        on_rewrite=_rewrite_policy(message.on_rewrite),
     )
 
 
@@ -54,17 +65,58 @@ def resume_request(message: pb.Resume) -> ResumeRequest:
 
 
 def turn_request(message: pb.Turn) -> TurnRequest:
-    turn_id = _id(message.turn_id, "turn_id")
-    kind = message.WhichOneof("input")
-    if kind is None:
-        raise errors.InvalidRequest(f"turn {turn_id} says nothing; set text, messages or token_ids")
-    messages = (Message("user", message.text),) if kind == "text" else _messages(message.messages)
     return TurnRequest(
-        turn_id=TurnId(turn_id),
-        messages=messages,
+        turn_id=TurnId(_id(message.turn_id, "turn_id")),
+        messages=_input_messages(message),
         token_ids=tuple(message.token_ids.token_ids),
         sampling=sampling_params(message.sampling),
         timeout_s=_seconds(message, "timeout_s"),
+    )
+
+
+def append_request(message: pb.Append) -> TurnRequest:
+    return TurnRequest(
+        turn_id=TurnId(_id(message.turn_id, "turn_id")),
+        messages=_input_messages(message),
+        token_ids=tuple(message.token_ids.token_ids),
+        wants_reply=False,
+    )
+
+
+def regenerate_request(message: pb.Regenerate) -> RegenerateRequest:
+    replaces = _given(message, "replaces")
+    return RegenerateRequest(
+        turn_id=TurnId(_id(message.turn_id, "turn_id")),
+        replaces=None if replaces is None else TurnId(_id(replaces, "replaces")),
+        sampling=sampling_params(message.sampling),
+        timeout_s=_seconds(message, "timeout_s"),
+    )
+
+
+def rewind_point(message: pb.Rewind) -> Point:
+    point = _point(message, message.WhichOneof("to"))
+    if point is None:
+        raise errors.InvalidRequest("the rewind does not say where to; set turns or tokens")
+    return point
+
+
+def update_request(message: pb.Update) -> UpdateRequest:
+    sampling, labels = _given(message, "sampling"), _given(message, "labels")
+    if sampling is None and labels is None:
+        raise errors.InvalidRequest("the update changes nothing; set sampling or labels")
+    return UpdateRequest(
+        sampling=None if sampling is None else sampling_params(sampling),
+        labels=None if labels is None else dict(labels.labels),
+    )
+
+
+def fork_request(message: pb.ForkRequest) -> ForkRequest:
+    chosen, labels = _given(message, "new_conversation_id"), _given(message, "labels")
+    return ForkRequest(
+        conversation_id=conversation_id(message.conversation_id),
+        new_id=None if chosen is None else ConversationId(_id(chosen, "new_conversation_id")),
+        at=_point(message, message.WhichOneof("at")),
+        labels=None if labels is None else dict(labels.labels),
     )
 
 
@@ -79,6 +131,7 @@ def generate_request(message: pb.GenerateRequest, timeout_s: float | None) -> Ge
         token_ids=tuple(message.token_ids.token_ids),
         sampling=sampling_params(message.sampling),
         timeout_s=timeout_s,
+        tools=tuple(message.tools),
     )
 
 
@@ -120,7 +173,13 @@ def server_event(event: ConversationEvent) -> pb.ServerEvent:
             return pb.ServerEvent(
                 seq=event.seq, turn_failed=pb.TurnFailed(turn_id=event.turn_id, error=error)
             )
+        case HistoryRewritten():
+            return pb.ServerEvent(seq=event.seq, history_rewritten=_history_rewritten(event))
     raise errors.InvariantError(f"no message stands for {event!r}")
+
+
+def rewound(client_seq: int, standing: Standing) -> pb.ServerEvent:
+    return pb.ServerEvent(rewound=pb.Rewound(client_seq=client_seq, **asdict(standing)))
 
 
 def generate_event(event: TurnAccepted | Delta | TurnDone) -> pb.GenerateEvent:
@@ -144,6 +203,10 @@ def conversation(record: ConversationRecord) -> pb.Conversation:
         num_turns=record.num_turns,
         num_tokens=record.num_tokens,
         fingerprint=record.fingerprint,
+        tools=record.tools,
+        on_rewrite=pb.RewritePolicy.Name(record.on_rewrite.value),
+        parent_id=record.parent,
+        forked_at=record.forked_at,
     )
 
 
@@ -152,7 +215,7 @@ def committed_turn(record: TurnRecord) -> pb.CommittedTurn:
         turn_id=record.turn_id,
         number=record.number,
         first_token=record.first_token,
-        messages=[pb.Message(role=m.role, content=m.content) for m in record.messages],
+        messages=[pb.Message(**asdict(message)) for message in record.messages],
         prompt_token_ids=record.prompt_ids,
         reply=record.reply_text,
         reply_token_ids=record.reply_ids,
@@ -205,8 +268,35 @@ def _seconds(message: ProtoMessage, field: str) -> float | None:
     return seconds
 
 
+def _input_messages(message: pb.Turn | pb.Append) -> tuple[Message, ...]:
+    """What a turn says, if it says it in messages.  Raises if it says nothing."""
+    kind = message.WhichOneof("input")
+    if kind is None:
+        raise errors.InvalidRequest(f"turn {message.turn_id} says nothing; set text, messages or token_ids")
+    return (Message("user", message.text),) if kind == "text" else _messages(message.messages)
+
+
 def _messages(message: pb.Messages) -> tuple[Message, ...]:
-    return tuple(Message(m.role, m.content) for m in message.messages)
+    return tuple(
+        Message(m.role, m.content, _given(m, "name"), _given(m, "tool_call_id"), tuple(m.tool_calls))
+        for m in message.messages
+    )
+
+
+def _point(message: pb.Rewind | pb.ForkRequest, kind: str | None) -> Point | None:
+    if kind is None:
+        return None
+    if (value := getattr(message, kind)) < 0:
+        raise errors.InvalidRequest(f"{kind} is {value}; it must be 0 or more, so many {kind} stay")
+    return Point(num_turns=value) if kind == "turns" else Point(num_tokens=value)
+
+
+def _rewrite_policy(number: int) -> RewritePolicy:
+    try:
+        return RewritePolicy(number)
+    except ValueError:
+        known = " or ".join(f"{policy.name} ({policy.value})" for policy in RewritePolicy)
+        raise errors.InvalidRequest(f"on_rewrite is {number}; it must be {known}") from None
 
 
 def _sampling(params: SamplingParams) -> pb.Sampling:
@@ -223,7 +313,28 @@ def _turn_accepted(event: TurnAccepted) -> pb.TurnAccepted:
 
 
 def _delta(event: Delta) -> pb.Delta:
-    return pb.Delta(turn_id=event.turn_id, offset=event.offset, token_ids=event.token_ids, text=event.text)
+    return pb.Delta(
+        turn_id=event.turn_id,
+        offset=event.offset,
+        token_ids=event.token_ids,
+        text=event.text,
+        kind=pb.ReplyKind.Name(event.kind.value),
+        logprobs=map(_logprobs, event.logprobs),
+    )
+
+
+def _logprobs(of_token: TokenLogprobs) -> pb.TokenLogprobs:
+    top = [pb.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in of_token.top]
+    return pb.TokenLogprobs(token_id=of_token.token_id, logprob=of_token.logprob, top=top)
+
+
+def _history_rewritten(event: HistoryRewritten) -> pb.HistoryRewritten:
+    return pb.HistoryRewritten(
+        turn_id=event.turn_id,
+        first_token=event.first_token,
+        num_tokens=event.num_tokens,
+        policy=pb.RewritePolicy.Name(event.policy.value),
+    )
 
 
 def _turn_done(event: TurnDone) -> pb.TurnDone:

@@ -59,6 +59,12 @@ class ConversationsServicer(pb_grpc.ConversationsServicer):
             conversations = [codec.conversation(record) for record in records]
             return pb.ListResponse(conversations=conversations, next_page_token=next_page or "")
 
+    async def Fork(self, request: pb.ForkRequest, context: Context) -> pb.ForkResponse:
+        async with Answering(context):
+            caller = _caller(self._authenticator, context)
+            record = await self._backend.fork(caller.tenant, codec.fork_request(request))
+            return pb.ForkResponse(conversation=codec.conversation(record))
+
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteResponse:
         async with Answering(context):
             caller = _caller(self._authenticator, context)

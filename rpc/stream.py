@@ -26,6 +26,7 @@ class ConversationStream:
         self._requests = requests
         self._context = context
         self._writing = asyncio.Lock()  # one at a time; reader and writer both have something to say
+        self._num_written = 0
         self._closed: pb.Closed | None = None
 
     async def run(self, greeting: pb.ServerEvent) -> None:
@@ -54,8 +55,7 @@ class ConversationStream:
                 if await self._obey(message):
                     return
             except EngineError as error:
-                turn_id = message.turn.turn_id or message.cancel.turn_id or None
-                told = error_message(error, turn_id=turn_id, client_seq=message.client_seq)
+                told = error_message(error, turn_id=_turn_of(message), client_seq=message.client_seq)
                 await self._write(pb.ServerEvent(error=told))
         await self._close(delete=False)
 
@@ -64,6 +64,17 @@ class ConversationStream:
         match message.WhichOneof("event"):
             case "turn":
                 await self._attachment.turn(codec.turn_request(message.turn))
+            case "append":
+                await self._attachment.turn(codec.append_request(message.append))
+            case "regenerate":
+                await self._attachment.regenerate(codec.regenerate_request(message.regenerate))
+            case "rewind":
+                standing = await self._attachment.rewind(codec.rewind_point(message.rewind))
+                await self._write_behind_events(codec.rewound(message.client_seq, standing))
+            case "update":
+                await self._attachment.update(codec.update_request(message.update))
+                updated = pb.Updated(client_seq=message.client_seq)
+                await self._write(pb.ServerEvent(updated=updated))
             case "cancel":
                 await self._attachment.cancel(
                     codec.cancelled_turn(message.cancel), keep=not message.cancel.discard
@@ -72,7 +83,10 @@ class ConversationStream:
                 await self._close(message.close.delete)
                 return True
             case None:
-                raise InvalidRequest("the event is empty or not known here; send turn, cancel or close")
+                raise InvalidRequest(
+                    "the event is empty or not known here; "
+                    "send turn, append, regenerate, rewind, update, cancel or close"
+                )
             case first:
                 raise InvalidRequest(
                     f"{first} must be the first event of a stream; this one is attached to "
@@ -86,11 +100,28 @@ class ConversationStream:
 
     async def _write(self, event: pb.ServerEvent) -> None:
         async with self._writing:
+            self._num_written += 1
             await self._context.write(event)
+
+    async def _write_behind_events(self, answer: pb.ServerEvent) -> None:
+        """Behind all that has happened: it tells where the conversation stands after that."""
+        num_written = 0
+        while num_written != self._num_written:
+            num_written = self._num_written
+            async with self._writing:
+                pass  # what is being written is on its way
+            await asyncio.sleep(0)  # and if another event waits, its writing has begun
+        await self._write(answer)
 
     def _draining(self, error: Draining) -> pb.ServerEvent:
         token, retry_after_s = self._attachment.resume_token, error.retry_after_s
         return pb.ServerEvent(draining=pb.Draining(resume_token=token, retry_after_s=retry_after_s))
+
+
+def _turn_of(message: pb.ClientEvent) -> str | None:
+    """The turn that an event of the client is about."""
+    kind = message.WhichOneof("event")
+    return getattr(getattr(message, kind), "turn_id", None) or None if kind else None
 
 
 def attached(attachment: Attachment) -> pb.Attached:

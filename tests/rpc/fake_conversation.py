@@ -11,15 +11,20 @@ from engine.types import (
     ConversationRecord,
     Delta,
     FinishReason,
+    Point,
+    RegenerateRequest,
+    Standing,
     TurnId,
     TurnRecord,
     TurnRequest,
+    UpdateRequest,
 )
 
 if TYPE_CHECKING:
     from tests.rpc.fakes import FakeEngine
 
 CONTEXT = 4096
+Request = TurnRequest | RegenerateRequest
 
 
 def tokens(text: str) -> tuple[int, ...]:
@@ -30,11 +35,15 @@ def text_of(token_ids: Sequence[int]) -> str:
     return "".join(chr(token_id) for token_id in token_ids)
 
 
+def num_tokens(turns: Sequence[TurnRecord]) -> int:
+    return sum(len(turn.prompt_ids) + len(turn.reply_ids) for turn in turns)
+
+
 @dataclass
 class FakeConversation:
     record: ConversationRecord
     turns: list[TurnRecord] = field(default_factory=list)
-    requests: dict[TurnId, TurnRequest] = field(default_factory=dict)
+    requests: dict[TurnId, Request] = field(default_factory=dict)
     log: list[ConversationEvent] = field(default_factory=list)
     seq: int = 0
     running: asyncio.Task[None] | None = None
@@ -50,7 +59,38 @@ class FakeConversation:
         self.changed.set()
 
     def committed_tokens(self) -> int:
-        return sum(len(turn.prompt_ids) + len(turn.reply_ids) for turn in self.turns)
+        return num_tokens(self.turns)
+
+    def check_idle(self) -> None:
+        if self.running_id is not None:
+            raise errors.Conflict(
+                f"turn {self.running_id} is in flight in {self.record.id}; wait or cancel it"
+            )
+
+    def turns_up_to(self, point: Point) -> list[TurnRecord]:
+        """The history in front of `point`; the last reply may be cut."""
+        if point.num_turns is not None and point.num_turns > len(self.turns):
+            raise errors.InvalidRequest(
+                f"{self.record.id} has {len(self.turns)} turns; {point.num_turns} cannot stay"
+            )
+        if point.num_tokens is None:
+            return self.turns[: point.num_turns]
+        if point.num_tokens > self.committed_tokens():
+            raise errors.InvalidRequest(
+                f"{self.record.id} has {self.committed_tokens()} tokens; {point.num_tokens} cannot stay"
+            )
+        kept, left = [], point.num_tokens
+        for turn in self.turns:
+            if left == 0:
+                break
+            if left < len(turn.prompt_ids):
+                raise errors.InvalidRequest(
+                    f"token {point.num_tokens} lies inside the message of {turn.turn_id}"
+                )
+            reply_ids = turn.reply_ids[: left - len(turn.prompt_ids)]
+            left -= len(turn.prompt_ids) + len(reply_ids)
+            kept.append(replace(turn, reply_ids=reply_ids, reply_text=text_of(reply_ids)))
+        return kept
 
 
 class FakeAttachment:
@@ -64,6 +104,7 @@ class FakeAttachment:
         self.context_left = CONTEXT - self.committed_tokens
         self.last_seq = conversation.seq
         self.taken_seq = after_seq
+        self.replays: list[ConversationEvent] = []  # with the numbers they had
         self.num_taken = 0  # events that the stream took
         self.ended: errors.EngineError | None = None
         self.closed = False
@@ -72,6 +113,8 @@ class FakeAttachment:
     async def events(self) -> AsyncIterator[ConversationEvent]:
         while True:
             self.conversation.changed.clear()
+            while self.replays:
+                yield self.replays.pop(0)
             waiting = [event for event in self.conversation.log if event.seq > self.taken_seq]
             if waiting and not isinstance(self.ended, errors.AttachmentTaken):
                 event, count = waiting[0], 1
@@ -79,8 +122,12 @@ class FakeAttachment:
                     following = waiting[count]
                     if not isinstance(following, Delta) or following.turn_id != event.turn_id:
                         break
+                    if following.kind is not event.kind:
+                        break
                     ids, text = event.token_ids + following.token_ids, event.text + following.text
-                    event, count = replace(event, seq=following.seq, token_ids=ids, text=text), count + 1
+                    logprobs = event.logprobs + following.logprobs
+                    event = replace(event, seq=following.seq, token_ids=ids, text=text, logprobs=logprobs)
+                    count += 1
                 self.taken_seq = event.seq
                 self.num_taken += 1
                 yield event
@@ -92,7 +139,13 @@ class FakeAttachment:
                 await self.conversation.changed.wait()
 
     async def turn(self, request: TurnRequest) -> None:
-        await self.engine.pass_through("turn")
+        await self._begin("turn", request)
+
+    async def regenerate(self, request: RegenerateRequest) -> None:
+        await self._begin("regenerate", request)
+
+    async def _begin(self, method: str, request: Request) -> None:
+        await self.engine.pass_through(method)
         self.engine.seen.append(request)
         if self.engine.refuse is not None:
             raise self.engine.refuse
@@ -105,16 +158,39 @@ class FakeAttachment:
         done = next((turn for turn in here.turns if turn.turn_id == request.turn_id), None)
         if done is not None:
             self.engine.replay(here, done)
-        elif here.running_id == request.turn_id:
             return
-        elif here.running_id is not None:
-            raise errors.Conflict(
-                f"turn {here.running_id} is in flight in {here.record.id}; wait or cancel it"
-            )
-        elif self.engine.draining:
+        if here.running_id == request.turn_id:
+            return
+        here.check_idle()
+        if self.engine.draining:
             raise errors.Draining("the server is shutting down; reconnect and resume")
-        else:
-            self.engine.start(here, request, restarted=known is not None)
+        replaces = self._replaced(request) if isinstance(request, RegenerateRequest) else None
+        self.engine.start(here, request, replaces, restarted=known is not None)
+
+    def _replaced(self, request: RegenerateRequest) -> int:
+        numbers = {turn.turn_id: number for number, turn in enumerate(self.conversation.turns)}
+        replaces = request.replaces or next(reversed(numbers), None)
+        if replaces not in numbers:
+            raise errors.NotFound(f"there is no turn {replaces} in {self.conversation_id} to regenerate")
+        return numbers[replaces]
+
+    async def rewind(self, to: Point) -> Standing:
+        self.engine.seen.append(to)
+        await self.engine.pass_through("rewind")
+        here = self.conversation
+        here.check_idle()
+        here.turns = here.turns_up_to(to)
+        await self.engine.pass_through("answer")
+        return Standing(here.committed_tokens(), len(here.turns), CONTEXT - here.committed_tokens())
+
+    async def update(self, request: UpdateRequest) -> None:
+        self.engine.seen.append(request)
+        await self.engine.pass_through("update")
+        record = self.conversation.record
+        sampling = record.sampling if request.sampling is None else request.sampling
+        labels = record.labels if request.labels is None else request.labels
+        self.conversation.record = replace(record, sampling=sampling, labels=labels)
+        await self.engine.pass_through("answer")
 
     async def cancel(self, turn_id: TurnId, keep: bool) -> None:
         if any(turn.turn_id == turn_id for turn in self.conversation.turns):

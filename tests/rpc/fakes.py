@@ -14,13 +14,17 @@ from engine.types import (
     ConversationRecord,
     Delta,
     FinishReason,
+    ForkRequest,
     GenerateRequest,
+    HistoryRewritten,
     Limits,
     ModelInfo,
     OpenRequest,
+    ReplyKind,
     ResumeRequest,
     Tenant,
     Timing,
+    TokenLogprobs,
     TurnAccepted,
     TurnDone,
     TurnFailed,
@@ -29,7 +33,15 @@ from engine.types import (
     TurnRequest,
     Usage,
 )
-from tests.rpc.fake_conversation import CONTEXT, FakeAttachment, FakeConversation, text_of, tokens
+from tests.rpc.fake_conversation import (
+    CONTEXT,
+    FakeAttachment,
+    FakeConversation,
+    Request,
+    num_tokens,
+    text_of,
+    tokens,
+)
 
 
 class FakeEngine:
@@ -39,6 +51,8 @@ class FakeEngine:
         self.draining = False
         self.detach_grace_s = 0.0
         self.greeting = "You said: "
+        self.thoughts = ""  # letters that are marked as reasoning
+        self.rewritten_from: int | None = None  # from there on the template renders the past of a turn anew
         self.letters_per_token = 1  # more of them make a reply that fills every buffer on the way
         self.detached = asyncio.Event()  # some stream went away
         self.holding = asyncio.Event()  # some reply waits
@@ -103,8 +117,14 @@ class FakeEngine:
             created_at=1000.0,
             updated_at=1000.0,
             resume_token=f"token-of-{id}",
+            tools=request.tools,
+            on_rewrite=request.on_rewrite,
         )
         conversation = self.conversations[tenant, id] = FakeConversation(record)
+        if request.history:
+            said = TurnRequest(TurnId("history"), request.history, wants_reply=False)
+            self._committed(conversation, said, [], FinishReason.APPENDED)
+        await self.pass_through("opened")
         return self._attach(conversation, after_seq=0)
 
     async def resume(self, tenant: Tenant, request: ResumeRequest) -> FakeAttachment:
@@ -131,6 +151,25 @@ class FakeEngine:
         await self.pass_through("get")
         conversation = self._find(tenant, conversation_id)
         return self._record(conversation), list(conversation.turns)
+
+    async def fork(self, tenant: Tenant, request: ForkRequest) -> ConversationRecord:
+        self.seen.append(request)
+        await self.pass_through("fork")
+        parent = self._find(tenant, request.conversation_id)
+        turns = parent.turns if request.at is None else parent.turns_up_to(request.at)
+        id = request.new_id or ConversationId(f"c-{len(self.conversations) + 1}")
+        fork = self.conversations.get((tenant, id))
+        origin = parent.record.id, num_tokens(turns)
+        if fork is None:
+            record = replace(parent.record, id=id, resume_token=f"token-of-{id}")
+            if request.labels is not None:
+                record = replace(record, labels=request.labels)
+            record = replace(record, parent=origin[0], forked_at=origin[1])
+            fork = self.conversations[tenant, id] = FakeConversation(record, list(turns), seq=parent.seq)
+        elif (fork.record.parent, fork.record.forked_at) != origin:
+            raise errors.AlreadyExists(f"conversation {id} exists; resume it or choose another id")
+        await self.pass_through("answer")
+        return self._record(fork)
 
     async def list(
         self, tenant: Tenant, labels: dict[str, str], page_size: int, page_token: str | None
@@ -204,11 +243,14 @@ class FakeEngine:
 
     # What the attachments call.
 
-    def start(self, conversation: FakeConversation, request: TurnRequest, restarted: bool) -> None:
+    def start(
+        self, conversation: FakeConversation, request: Request, replaces: int | None, restarted: bool
+    ) -> None:
+        """`replaces`: the number of the turn that gives way, with all behind it, when this one is done."""
         conversation.requests[request.turn_id] = request
         conversation.running_id, conversation.stop, conversation.discard = request.turn_id, None, False
         conversation.emit(lambda seq: TurnAccepted(seq, request.turn_id, 0, restarted))
-        conversation.running = asyncio.create_task(self._run(conversation, request))
+        conversation.running = asyncio.create_task(self._run(conversation, request, replaces))
         self.tasks.add(conversation.running)
 
     def stop_turn(self, conversation: FakeConversation, reason: FinishReason) -> None:
@@ -224,8 +266,10 @@ class FakeEngine:
         conversation.seq += 2**20
 
     def replay(self, conversation: FakeConversation, done: TurnRecord) -> None:
-        conversation.emit(lambda seq: Delta(seq, done.turn_id, 0, done.reply_ids, done.reply_text))
-        conversation.emit(lambda seq: self._done(seq, conversation, done))
+        assert conversation.attachment is not None
+        reply = Delta(done.done_seq - 1, done.turn_id, 0, done.reply_ids, done.reply_text)
+        conversation.attachment.replays += [reply, self._done(done)]
+        conversation.changed.set()
 
     async def erase(self, conversation: FakeConversation) -> None:
         self.stop_turn(conversation, FinishReason.CANCELLED)
@@ -233,40 +277,65 @@ class FakeEngine:
             await conversation.running
         self.conversations.pop((conversation.record.tenant, conversation.record.id), None)
 
-    async def _run(self, conversation: FakeConversation, request: TurnRequest) -> None:
-        prompt = request.messages[-1].content if request.messages else text_of(request.token_ids)
+    async def _run(self, conversation: FakeConversation, request: Request, replaces: int | None) -> None:
+        if isinstance(request, TurnRequest):
+            said, number = request, len(conversation.turns)
+        else:
+            assert replaces is not None
+            old, number = conversation.turns[replaces], replaces
+            said = TurnRequest(request.turn_id, old.messages, () if old.messages else old.prompt_ids)
+        if self.rewritten_from is not None:
+            conversation.emit(
+                partial(
+                    HistoryRewritten,
+                    turn_id=said.turn_id,
+                    first_token=self.rewritten_from,
+                    num_tokens=conversation.committed_tokens() - self.rewritten_from,
+                    policy=conversation.record.on_rewrite,
+                )
+            )
         reply: list[int] = []
-        reason = FinishReason.STOP_TOKEN
-        for token_id in tokens(self.greeting + prompt):
+        reason = FinishReason.STOP_TOKEN if said.wants_reply else FinishReason.APPENDED
+        failure: Exception | None = None
+        for token_id in tokens(self.greeting + _prompt(said)) if said.wants_reply else ():
             await self._hold(len(reply))
             if conversation.stop is not None:
                 reason = conversation.stop
                 break
             if self.fail_with is not None:
-                error = self.fail_with
-                conversation.running = conversation.running_id = None
-                conversation.emit(partial(TurnFailed, turn_id=request.turn_id, error=error))
-                return
-            offset = len(reply)
+                failure = self.fail_with
+                break
+            conversation.emit(partial(self._delta, request, len(reply), token_id))
             reply.append(token_id)
-            letter = chr(token_id) * self.letters_per_token
-            conversation.emit(
-                partial(Delta, turn_id=request.turn_id, offset=offset, token_ids=(token_id,), text=letter)
-            )
             await asyncio.sleep(0)
         if conversation.discard:
-            cancelled = errors.TurnCancelled(f"turn {request.turn_id} was cancelled and discarded")
-            conversation.running = conversation.running_id = None
-            conversation.emit(partial(TurnFailed, turn_id=request.turn_id, error=cancelled))
+            failure = errors.TurnCancelled(f"turn {said.turn_id} was cancelled and discarded")
+        conversation.running = conversation.running_id = None
+        if failure is not None:
+            conversation.emit(partial(TurnFailed, turn_id=said.turn_id, error=failure))
             return
-        history = conversation.committed_tokens()
+        del conversation.turns[number:]
+        record = self._committed(conversation, said, reply, reason)
+        conversation.emit(lambda seq: self._done(record))
+
+    def _delta(self, request: Request, offset: int, token_id: int, seq: int) -> Delta:
+        text = chr(token_id) * self.letters_per_token
+        kind = ReplyKind.REASONING if chr(token_id) in self.thoughts else ReplyKind.TEXT
+        asked = request.sampling.logprobs is not None
+        logprobs = (TokenLogprobs(token_id, -0.5, ((token_id, -0.5), (0, -1.0))),) if asked else ()
+        return Delta(seq, request.turn_id, offset, (token_id,), text, kind, logprobs)
+
+    def _committed(
+        self, conversation: FakeConversation, said: TurnRequest, reply: Sequence[int], reason: FinishReason
+    ) -> TurnRecord:
+        history, prompt = conversation.committed_tokens(), _prompt(said)
         record = TurnRecord(
-            turn_id=request.turn_id,
+            turn_id=said.turn_id,
             number=len(conversation.turns),
             first_token=history,
             prompt_ids=tokens(prompt),
             reply_ids=tuple(reply),
-            messages=request.messages,
+            messages=said.messages,
             reply_text=text_of(reply),
             finish_reason=reason,
             matched_stop=None,
@@ -277,13 +346,12 @@ class FakeEngine:
             digest=b"",
         )
         conversation.turns.append(record)
-        conversation.running = conversation.running_id = None
-        conversation.emit(lambda seq: self._done(seq, conversation, record))
+        return record
 
-    def _done(self, seq: int, conversation: FakeConversation, turn: TurnRecord) -> TurnDone:
-        have = conversation.committed_tokens()
+    def _done(self, turn: TurnRecord) -> TurnDone:
+        have = turn.first_token + len(turn.prompt_ids) + len(turn.reply_ids)
         reason, usage, timing = turn.finish_reason, turn.usage, turn.timing
-        return TurnDone(seq, turn.turn_id, reason, None, usage, timing, CONTEXT - have, have)
+        return TurnDone(turn.done_seq, turn.turn_id, reason, None, usage, timing, CONTEXT - have, have)
 
     async def _hold(self, num_done: int) -> None:
         if self._hold_after is not None and num_done >= self._hold_after:
@@ -307,5 +375,9 @@ class FakeEngine:
         return errors.NotFound(f"there is no conversation {id}; List shows those that exist")
 
     def _record(self, conversation: FakeConversation) -> ConversationRecord:
-        num_turns, num_tokens = len(conversation.turns), conversation.committed_tokens()
-        return replace(conversation.record, num_turns=num_turns, num_tokens=num_tokens)
+        num_turns, committed = len(conversation.turns), conversation.committed_tokens()
+        return replace(conversation.record, num_turns=num_turns, num_tokens=committed)
+
+
+def _prompt(request: TurnRequest) -> str:
+    return request.messages[-1].content if request.messages else text_of(request.token_ids)

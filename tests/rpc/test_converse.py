@@ -90,7 +90,12 @@ async def test_a_stream_without_any_event_is_told_what_was_missing(wire):
             "open must be the first event of a stream; this one is attached to c-1 already",
         ),
         ({"resume": pb.Resume()}, 3, "resume must be the first event of a stream"),
-        ({}, 3, "the event is empty or not known here; send turn, cancel or close"),
+        (
+            {},
+            3,
+            "the event is empty or not known here; "
+            "send turn, append, regenerate, rewind, update, cancel or close",
+        ),
         ({"turn": pb.Turn(text="x")}, 3, "turn_id is empty; set it"),
         ({"turn": pb.Turn(turn_id="t")}, 3, "turn t says nothing; set text, messages or token_ids"),
         (
