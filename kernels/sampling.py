@@ -11,13 +11,14 @@ which it nearly always does.  A row without filters is not sorted at all.
 This is the CPU path and the reference.  Probabilities are fp64: sums over 150K of them keep 13 digits.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-# The highest 256 of [1, 152K] on one core: by groups of 32 0.08 ms, by one topk 0.39 ms, by a sort 14 ms.
-_GROUP = 32
+from kernels.highest import highest
+
 _NUM_CACHED = 2**17  # logits worked on at a time, so that the fp64 copies of them stay in the cache
 
 
@@ -32,7 +33,7 @@ class SamplingRows:
     seed: Tensor  # int64
     position: Tensor  # int64, absolute position of the token to be chosen
 
-    def select(self, chosen: Tensor) -> "SamplingRows":
+    def select(self, chosen: Tensor | slice) -> "SamplingRows":
         """The rows at these indices, or under this mask."""
         return SamplingRows(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
@@ -55,8 +56,10 @@ def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
     is_drawn = rows.temperature > 0
     is_filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
     for chosen, draw in ((is_drawn & is_filtered, _draw_filtered), (is_drawn & ~is_filtered, _draw_from_all)):
-        for some in torch.split(chosen.nonzero()[:, 0], max(1, _NUM_CACHED // logits.shape[1])):
-            ids[some] = draw(logits[some], rows.select(some))
+        if chosen.all():
+            ids = draw(logits, rows)
+        elif chosen.any():
+            ids[chosen] = draw(logits[chosen], rows.select(chosen))
     return ids
 
 
@@ -67,8 +70,11 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def _draw_from_all(logits: Tensor, rows: SamplingRows) -> Tensor:
-    cumulative = _weights(logits, rows.temperature).cumsum(-1)
-    return _find(_uniform(rows.seed, rows.position) * cumulative[:, -1], cumulative)
+    drawn = []
+    for part, part_rows in _parts(logits, rows):
+        cumulative = _weights(part, part_rows.temperature).cumsum(-1)
+        drawn.append(_find(_uniform(part_rows.seed, part_rows.position) * cumulative[:, -1], cumulative))
+    return torch.cat(drawn)
 
 
 def _draw_filtered(logits: Tensor, rows: SamplingRows, num_highest: int = 256) -> Tensor:
@@ -76,14 +82,15 @@ def _draw_filtered(logits: Tensor, rows: SamplingRows, num_highest: int = 256) -
     vocab = logits.shape[1]
     ids, is_known = _draw_among_highest(num_highest if 4 * num_highest < vocab else vocab, logits, rows)
     if not is_known.all():
-        ids[~is_known] = _draw_filtered(logits[~is_known], rows.select(~is_known), 16 * num_highest)
+        rest = _parts(logits[~is_known], rows.select(~is_known))
+        ids[~is_known] = torch.cat([_draw_filtered(*part, 16 * num_highest) for part in rest])
     return ids
 
 
 def _draw_among_highest(num_highest: int, logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
     """(ids [S], is_known [S]).  Where filters keep more than the sorted tokens, the id is not known yet."""
     vocab = logits.shape[1]
-    values, order, num_sorted = _sort_highest(num_highest, logits)
+    values, order, num_known = highest(logits, num_highest)
     weights = _weights(values, rows.temperature)
     cumulative = weights.cumsum(-1)
 
@@ -91,7 +98,7 @@ def _draw_among_highest(num_highest: int, logits: Tensor, rows: SamplingRows) ->
     num_top_k = torch.where(is_cut, rows.top_k, vocab)
     total = cumulative.gather(1, num_top_k.clamp(max=values.shape[1])[:, None] - 1)[:, 0]
     if num_highest < vocab and not is_cut.all():
-        total = torch.where(is_cut, total, _weights(logits, rows.temperature).cumsum(-1)[:, -1])
+        total[~is_cut] = _sum_of_weights(logits[~is_cut], rows.select(~is_cut))
     num_top_p = (cumulative < (rows.top_p * total)[:, None]).sum(-1) + 1
     num_top_p = torch.where(rows.top_p < 1, num_top_p, vocab)
     num_min_p = (weights >= rows.min_p[:, None]).sum(-1)
@@ -99,36 +106,31 @@ def _draw_among_highest(num_highest: int, logits: Tensor, rows: SamplingRows) ->
 
     num_kept = torch.minimum(torch.minimum(num_top_k, num_top_p), num_min_p)
 
-    is_known = (num_kept <= num_sorted) & (~is_cut | (rows.top_k <= num_sorted))
+    # A prefix as long as the list may go on behind it.
+    is_known = ((num_kept < num_known) | (num_known == vocab)) & (~is_cut | (rows.top_k <= num_known))
     mass_kept = cumulative.gather(1, num_kept.clamp(max=values.shape[1])[:, None] - 1)[:, 0]
     index = _find(_uniform(rows.seed, rows.position) * mass_kept, cumulative)
     return order.gather(1, index[:, None])[:, 0], is_known
 
 
-def _sort_highest(num: int, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The `num` highest logits and their ids, sorted, [S, num] each; and how many of them are surely in their
-    place [S]: those equal to the last one are not, because others equal to it may have been left out."""
-    vocab = logits.shape[1]
-    if num == vocab:
-        values, ids = logits.sort(stable=True, descending=True)
-        return values, ids, torch.full((len(logits),), vocab)
-    # The `num` highest lie in the `num` groups with the highest maxima, or in the rest that fills no group.
-    group = min(_GROUP, vocab // (4 * num))
-    end = vocab - vocab % group
-    maxima = logits[:, :end].reshape(-1, end // group, group).amax(-1)
-    first_ids = maxima.topk(num, sorted=False).indices * group
-    ids = (first_ids[..., None] + torch.arange(group)).flatten(1)
-    ids = torch.cat([ids, torch.arange(end, vocab).expand(len(ids), -1)], 1)
-    highest = logits.gather(1, ids).topk(num, sorted=False).indices
-    ids = ids.gather(1, highest).sort(-1).values
-    values, order = logits.gather(1, ids).sort(stable=True, descending=True)
-    return values, ids.gather(1, order), (values > values[:, -1:]).sum(-1)
-
-
 def _weights(logits: Tensor, temperature: Tensor) -> Tensor:
     """Probabilities up to a factor: [S, N] fp64, 1 for the highest logit of a row."""
-    highest = logits.amax(-1, keepdim=True)
-    return logits.double().sub_(highest).div_(temperature[:, None]).exp_()
+    top = logits.amax(-1, keepdim=True)
+    return logits.double().sub_(top).div_(temperature[:, None]).exp_()
+
+
+def _sum_of_weights(logits: Tensor, rows: SamplingRows) -> Tensor:
+    """[S] fp64.  NumPy's sum of a row has the same bits in any batch; torch's has not."""
+    weights = (_weights(part, part_rows.temperature) for part, part_rows in _parts(logits, rows))
+    return torch.cat([torch.from_numpy(some.numpy().sum(-1)) for some in weights])
+
+
+def _parts(logits: Tensor, rows: SamplingRows) -> Iterator[tuple[Tensor, SamplingRows]]:
+    """All rows in order, few at a time."""
+    size = max(1, _NUM_CACHED // logits.shape[1])
+    for first in range(0, len(logits), size):
+        some = slice(first, first + size)
+        yield logits[some], rows.select(some)
 
 
 def _find(targets: Tensor, cumulative: Tensor) -> Tensor:

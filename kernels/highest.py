@@ -1,0 +1,60 @@
+"""The highest tokens of each row, sorted: by descending logit, ties by ascending id.
+
+Sorting a vocabulary costs far more than finding a threshold that few logits reach, and sorting those.  The
+threshold is the N-th highest of the maxima of small groups of logits: at least N logits reach it, and seldom
+twice as many.  All that reach it are taken, so that ties need no thought: what is listed is a prefix of the
+whole row sorted.
+
+NumPy sorts, parts and searches several times as fast as torch, so its methods are used on torch's memory.
+"""
+
+import torch
+from torch import Tensor
+
+# The highest 256 of [64, 32K] on one core: 2 ms; by torch's topk of groups 9 ms; by sorting all 12 ms, with
+# torch's stable sort 85 ms.
+_GROUP = 32
+_LOWEST = torch.finfo(torch.float32).min  # everything but -inf reaches it
+_PADDING = torch.iinfo(torch.int64).max
+
+
+def highest(logits: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(values [S, M] fp32, ids [S, M] int64, num_known [S] int64) of logits [S, V] fp32 on CPU.
+
+    Each row lists its highest tokens in order: `num` or more, if it has as many above -inf.  Behind these
+    come values of -inf with meaningless ids.  `num_known` is how many are listed, V if none above -inf is
+    left out.
+    """
+    num_rows, vocab = logits.shape
+    threshold = _threshold(logits, num) if num < vocab else torch.full((num_rows,), _LOWEST)
+    reaches = logits.numpy() >= threshold.numpy()[:, None]
+    at = torch.from_numpy(reaches.reshape(-1).nonzero()[0])
+    row = at // vocab
+    ids = at - row * vocab
+    counts = torch.bincount(row, minlength=num_rows)
+    is_listed = torch.arange(int(counts.max())) < counts[:, None]
+    keys = torch.full(is_listed.shape, _PADDING)
+    keys[is_listed] = _keys(logits[row, ids], ids)
+    keys.numpy().sort(-1)
+    sorted_ids = (keys & 0xFFFFFFFF).clamp_(max=vocab - 1)
+    values = logits.gather(1, sorted_ids).masked_fill_(~is_listed, -torch.inf)
+    return values, sorted_ids, torch.where(threshold > _LOWEST, counts, vocab)
+
+
+def _threshold(logits: Tensor, num: int) -> Tensor:
+    """A value that at least `num` logits of a row reach, [S, V] -> [S]; never -inf."""
+    num_rows, vocab = logits.shape
+    group = min(_GROUP, vocab // num)
+    end = vocab - vocab % group
+    maxima = logits[:, :end].reshape(num_rows, end // group, group).amax(-1)
+    candidates = torch.cat([maxima, logits[:, end:]], 1)
+    place = candidates.shape[1] - num
+    candidates.numpy().partition(place, axis=-1)
+    return candidates[:, place].clamp(min=_LOWEST)
+
+
+def _keys(values: Tensor, ids: Tensor) -> Tensor:
+    """Integers that ascend where logits [N] fp32 descend, and among equal ones as ids [N] do.  [N] int64"""
+    bits = (values + 0.0).view(torch.int32)  # -0 equals 0, and has its bits from now on
+    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers compare: more negative, more bits flipped
+    return (~ascending).long() << 32 | ids

@@ -1,0 +1,55 @@
+"""What is done to single logits before a token is chosen: biases, penalties, bans.
+
+Each works on chosen tokens of chosen rows in one go, in place, and costs what these tokens cost, however
+large the vocabulary is.  Logits are [S, V] fp32 on CPU, contiguous.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLists:
+    """Tokens of each of R rows of logits.  A row names a token once."""
+
+    rows: Tensor  # [R] int64
+    lengths: Tensor  # [R] int64
+    ids: Tensor  # [N] int64, row by row
+
+    def for_each(self, values: Tensor) -> Tensor:
+        """What holds of a row, for each of its tokens.  [R] -> [N]"""
+        return values.repeat_interleave(self.lengths, output_size=len(self.ids))
+
+    def positions(self, logits: Tensor) -> Tensor:
+        """Where the tokens are in flattened logits.  [N] int64"""
+        return self.for_each(self.rows * logits.shape[1]) + self.ids
+
+
+def add_(logits: Tensor, tokens: TokenLists, amounts: Tensor) -> None:
+    """Adds amounts [N] fp32."""
+    logits.view(-1).index_add_(0, tokens.positions(logits), amounts)
+
+
+def ban_(logits: Tensor, tokens: TokenLists) -> None:
+    """Sets -inf.  A row may name a token twice here."""
+    logits.view(-1).index_fill_(0, tokens.positions(logits), -torch.inf)
+
+
+def penalize_repetition_(logits: Tensor, tokens: TokenLists, penalty: Tensor) -> None:
+    """Makes tokens less likely by a factor, penalty [R] fp32: divides logits above 0, multiplies those below.
+
+    CTRL (1909.05858) divides them all, which would favour the tokens below 0.
+    """
+    at, factors = tokens.positions(logits), tokens.for_each(penalty)
+    values = logits.view(-1).index_select(0, at)
+    logits.view(-1).index_copy_(0, at, torch.where(values > 0, values / factors, values * factors))
+
+
+def penalize_counts_(
+    logits: Tensor, tokens: TokenLists, counts: Tensor, presence: Tensor, frequency: Tensor
+) -> None:
+    """Subtracts presence + frequency * count.  counts: [N] fp32; presence, frequency: [R] fp32."""
+    amounts = tokens.for_each(presence) + tokens.for_each(frequency) * counts
+    add_(logits, tokens, -amounts)
