@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Self
 
 ROOT = Path(__file__).resolve().parents[1]
+LOG_INTERVAL_S = 0.1
 
 
 class ServerFailed(Exception):
@@ -26,8 +29,11 @@ class ServerProcess:
         self._log = log
 
     @classmethod
-    async def start(cls, *arguments: str) -> Self:
-        """Returns once it listens, on `address`.  Raises ServerFailed with the server's own last words."""
+    async def start(cls, *arguments: str, show_log: Callable[[bytes], object] | None = None) -> Self:
+        """Returns once it listens, on `address`.  Raises ServerFailed with the server's own last words.
+
+        `show_log` gets what it says on stderr until then, which may be the progress of a download.
+        """
         log = tempfile.TemporaryFile()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tools.cli", "serve", "--until-eof", *arguments),
@@ -38,12 +44,16 @@ class ServerProcess:
             start_new_session=True,  # Ctrl-C at the terminal is not meant for it
         )
         server = cls(process, log)
+        showing = asyncio.create_task(server._follow_log(show_log)) if show_log else None
         try:
             await server._wait_until_ready()
         except BaseException:
             await server.kill()
             log.close()
             raise
+        finally:
+            if showing is not None:
+                showing.cancel()
         return server
 
     async def __aenter__(self) -> Self:
@@ -69,13 +79,30 @@ class ServerProcess:
             self._process.kill()
         await self._process.wait()
 
+    def check(self) -> None:
+        """Raises ServerFailed with its last words if it has ended."""
+        if self._process.returncode is not None:
+            raise ServerFailed(f"the server has ended: {self._last_words(self._process.returncode)}")
+
     async def _wait_until_ready(self) -> None:
         assert self._process.stdout is not None
         line = (await self._process.stdout.readline()).decode()
         if not line.startswith("listening on "):
             code = await self._process.wait()
-            self._log.seek(0)
-            said = self._log.read().decode(errors="replace").splitlines()
-            last = said[-1] if said else f"it ended with exit code {code} and said nothing"
-            raise ServerFailed(f"the server did not start: {last.removeprefix('error: ')}")
+            raise ServerFailed(f"the server did not start: {self._last_words(code)}")
         self.address = line.removeprefix("listening on ").strip()
+
+    async def _follow_log(self, show: Callable[[bytes], object]) -> None:
+        position = 0
+        while True:
+            said = os.pread(self._log.fileno(), 1 << 16, position)  # moves nobody's place in the file
+            position += len(said)
+            show(said)
+            await asyncio.sleep(LOG_INTERVAL_S)
+
+    def _last_words(self, code: int) -> str:
+        self._log.seek(0)
+        said = self._log.read().decode(errors="replace").splitlines()
+        return (
+            said[-1].removeprefix("error: ") if said else f"it ended with exit code {code} and said nothing"
+        )

@@ -1,22 +1,21 @@
 """`continuo chat`, piped and in a terminal, against real servers."""
 
-import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from rpc._generated import continuo_pb2 as pb
-from rpc.client import Delta, FinishReason, Turn
+from rpc.client import Delta, FinishReason, ReplyKind
 from tests.tools.conftest import ROOT, command
+from tests.tools.fake_chat import turn
 from tests.tools.talking_models import REPLY
-from tools.chat_screen import Pipe, Terminal, status_line
+from tests.tools.terminal import Terminal
+from tools.chat import screen
+from tools.chat.wording import status_line
 
 RESUME = re.compile(r"To go on: continuo chat --conversation (\S+) (.*)\n")
 
@@ -108,58 +107,19 @@ def test_a_token_is_asked_for_and_taken_from_a_file(serve, continuo, tmp_path, t
 def test_it_needs_neither_torch_nor_the_engine(continuo):
     code = (
         "import sys; from tools import cli; cli.main(['chat', '--server', '127.0.0.1:1']); "
-        "print(*{'torch', 'engine', 'numpy', 'tokenizers', 'prompt_toolkit'} & set(sys.modules))"
+        "print(*{'torch', 'engine', 'numpy', 'tokenizers', 'rich', 'readline'} & set(sys.modules))"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "no server answers" in ended.stderr
     assert ended.stdout.split() == []
 
 
-class TerminalChat:
-    """`continuo chat` on a pseudo-terminal: what it shows is read, keys are pressed."""
-
-    def __init__(self, environment: dict[str, str], *arguments: object) -> None:
-        self._main, other = pty.openpty()
-        self.process = subprocess.Popen(
-            command("chat", *arguments),
-            cwd=ROOT,
-            env={**environment, "TERM": "xterm"},
-            stdin=other,
-            stdout=other,
-            stderr=other,
-            start_new_session=True,
-            preexec_fn=lambda: os.close(
-                os.open(os.ttyname(other), os.O_RDWR)
-            ),  # makes it the controlling terminal
-        )
-        os.close(other)
-        self._shown = ""
-
-    def until(self, text: str) -> str:
-        """What it shows next, up to `text`."""
-        deadline = time.monotonic() + 60
-        while text not in self._shown:
-            assert time.monotonic() < deadline, f"{text!r} did not come: {self._shown}"
-            if select.select([self._main], [], [], 1)[0]:
-                self._shown += os.read(self._main, 4096).decode(errors="replace")
-        before, text, self._shown = self._shown.partition(text)
-        return before + text
-
-    def press(self, keys: str) -> None:
-        os.write(self._main, keys.encode())
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._main)
-
-
 @pytest.fixture
 def terminal_chat(environment):
     chats = []
 
-    def start(*arguments: object) -> TerminalChat:
-        chats.append(TerminalChat(environment, *arguments))
+    def start(*arguments: object, term: str = "xterm") -> Terminal:
+        chats.append(Terminal(command("chat", *arguments), environment, term))
         return chats[-1]
 
     yield start
@@ -175,13 +135,13 @@ def test_ctrl_c_ends_the_reply_and_not_the_chat(serve, terminal_chat, endless_mo
     chat.until("abab")
     chat.press("\x03")
     first = chat.until("cancelled")
-    assert re.search(r"0 tokens reused · 0 recomputed · \d+ new", first)
+    assert re.search(r"0 tokens reused from device · 0 recomputed · \d+ new", first)
     chat.until("›")
     chat.press("Go on.\r")
     chat.until("abab")
     chat.press("\x03")
     second = chat.until("cancelled")
-    assert int(re.search(r"(\d+) tokens reused", second)[1]) > 20
+    assert int(re.search(r"(\d+) tokens reused from device", second)[1]) > 20
     chat.until("›")
     chat.press("\x04")
     assert "continuo chat --conversation c-" in chat.until("--server")
@@ -196,21 +156,54 @@ def test_a_resumed_chat_shows_what_was_said_and_forgets_it_for_a_new_one(
     id = RESUME.fullmatch(ended.stderr)[1]
     chat = terminal_chat("--server", server.address, "--conversation", id)
     shown = chat.until("Quattro.")
-    assert "... 1 earlier" in shown and "Due." in shown and "Uno." not in shown
+    assert "... 1 earlier" in shown and REPLY in shown and "Due." in shown and "Uno." not in shown
     chat.until("›")
     chat.press("/nonsense\r")
-    chat.until("/quit or Ctrl-D")
+    chat.until("there is no command /nonsense")
     chat.press("/new\r")
-    chat.until(f"{id} is left as it is")
+    chat.until(f"{id} stays as it is")
     chat.press("Cinque.\r")
     assert "0 tokens reused" in chat.until(" left")
     chat.press("/quit\r")
     assert chat.process.wait(timeout=20) == 0
 
 
+class SilentEditor:
+    """Nobody types."""
+
+
+def show(*deltas, colours=False):
+    terminal = screen.Terminal(SilentEditor(), colours=colours)
+    for delta in deltas:
+        terminal.reply(delta)
+    return terminal
+
+
 def test_a_reply_cannot_drive_the_terminal(capsys):
-    Terminal().reply(Delta("a\x1b[2Jb\x9bc\rd\te\n", ()))
+    show(Delta("a\x1b[2Jb\x9bc\rd\te\n", ()))
     assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\ufffdd\te\n"
+
+
+def test_reasoning_is_dimmed_and_tool_calls_are_passed_through(capsys):
+    reply = [
+        Delta("<think>Hm", (), kind=ReplyKind.REASONING),
+        Delta("<tool_call>{}", (), kind=ReplyKind.TOOL_CALL),
+        Delta("Yes", ()),
+    ]
+    show(*reply, colours=True)
+    assert capsys.readouterr().out == "\x1b[2m<think>Hm\x1b[0m<tool_call>{}Yes"
+    show(*reply)
+    assert capsys.readouterr().out == "<think>Hm<tool_call>{}Yes"
+
+
+def test_a_lost_connection_is_told_once_and_each_time_it_is_lost(capsys):
+    terminal = show(Delta("Mi", ()))
+    for _ in range(3):
+        terminal.reconnecting()
+    terminal.reply(Delta("Miso", (), restarted=True))
+    terminal.reconnecting()
+    lost = "the connection is lost; trying to get it back ... (Ctrl-C gives up)\n"
+    assert capsys.readouterr().out == f"Mi\n{lost}the reply begins again:\nMiso\n{lost}"
 
 
 async def test_ctrl_c_while_waiting_for_a_line_ends_a_piped_chat(monkeypatch):
@@ -221,30 +214,28 @@ async def test_ctrl_c_while_waiting_for_a_line_ends_a_piped_chat(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, "stdin", Stdin())
     with pytest.raises(KeyboardInterrupt):
-        await Pipe().read()
+        await screen.Pipe().read()
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_status_line_says_what_was_reused_what_it_cost_and_what_is_left():
-    turn = Turn(
-        id="t",
-        text="",
-        token_ids=(),
-        finish_reason=FinishReason.CONTEXT_FULL,
-        matched_stop=None,
-        usage=pb.Usage(
-            prompt_tokens=1150,
-            completion_tokens=20,
-            cached_device_tokens=1024,
-            recomputed_tokens=96,
-            new_tokens=30,
-        ),
-        timing=pb.Timing(ttft_s=0.0123, total_s=0.49),
-        context_left=0,
-        committed_tokens=1170,
-        history_rewritten=False,
+    usage = pb.Usage(
+        prompt_tokens=1150,
+        completion_tokens=20,
+        cached_device_tokens=1024,
+        recomputed_tokens=96,
+        new_tokens=30,
     )
-    assert status_line(turn) == (
-        "1,024 tokens reused · 96 recomputed · 30 new · 20 in 0.5 s, first after 12 ms · 0 left · "
-        "the context is full: /new begins anew"
+    timing = pb.Timing(ttft_s=0.0123, total_s=0.49)
+    ended = turn(usage=usage, timing=timing, context_left=2048)
+    line = (
+        "1,024 tokens reused from device · 96 recomputed · 30 new · "
+        "20 in 0.5 s, first after 12 ms · 2,048 left"
+    )
+    assert status_line(ended) == line
+    full = turn(usage=usage, timing=timing, context_left=2048, finish_reason=FinishReason.CONTEXT_FULL)
+    assert status_line(full) == f"{line} · the context is full: /rewind makes room, /new begins anew"
+    rewritten = turn(usage=usage, timing=timing, context_left=2048, rewritten_from=77)
+    assert status_line(rewritten) == (
+        f"{line} · the template would now write the past differently from token 77"
     )

@@ -1,0 +1,49 @@
+"""A program on a pseudo-terminal: what it shows is read, keys are pressed."""
+
+import codecs
+import os
+import pty
+import select
+import subprocess
+import time
+from collections.abc import Sequence
+
+from tests.tools.conftest import ROOT
+
+
+class Terminal:
+    def __init__(self, command: Sequence[str], environment: dict[str, str], term: str = "xterm") -> None:
+        self._main, other = pty.openpty()
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**environment, "TERM": term},
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            start_new_session=True,
+            preexec_fn=lambda: os.close(
+                os.open(os.ttyname(other), os.O_RDWR)
+            ),  # makes it the controlling terminal
+        )
+        os.close(other)
+        self._shown = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def until(self, text: str) -> str:
+        """What it shows next, up to `text`."""
+        deadline = time.monotonic() + 60
+        while text not in self._shown:
+            assert time.monotonic() < deadline, f"{text!r} did not come: {self._shown}"
+            if select.select([self._main], [], [], 1)[0]:
+                self._shown += self._decoder.decode(os.read(self._main, 4096))
+        before, text, self._shown = self._shown.partition(text)
+        return before + text
+
+    def press(self, keys: str) -> None:
+        os.write(self._main, keys.encode())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._main)

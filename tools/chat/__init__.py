@@ -1,0 +1,184 @@
+"""`continuo chat`: a conversation in the terminal, with a server that is there or with one started for it.
+
+`talk` holds the conversation, `commands` is what begins with a slash, `screen` is a terminal or a pipe,
+`line_editor` the keyboard, `wording` the sentences.  It needs what the client needs and no more: neither
+torch nor the engine, so that it runs where only the client is installed.
+"""
+
+import asyncio
+import os
+import random
+import shlex
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+
+from rpc.client import ContinuoClient, ContinuoError, Unauthenticated, Unavailable
+from tools.chat.commands import complete, parse, perform
+from tools.chat.line_editor import LineEditor
+from tools.chat.screen import Pipe, Screen, Terminal
+from tools.chat.talk import Mistake, Talk
+from tools.server_process import ServerFailed, ServerProcess
+
+
+class UsageError(Exception):
+    """An argument that cannot work."""
+
+
+class NoServer(Exception):
+    """Nobody listens where the server should be."""
+
+
+EXPECTED: tuple[type[Exception], ...] = (UsageError, NoServer, ServerFailed, ContinuoError)
+USAGE: tuple[type[Exception], ...] = (UsageError,)
+
+
+def run(chosen: Namespace) -> int:
+    token, authorities = _token(chosen.token_file), _readable(chosen.tls_ca)
+    return asyncio.run(_run(chosen, _screen(chosen.data_dir), token, authorities))
+
+
+def _screen(data_dir: Path | None) -> Screen:
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return Pipe()
+    plain = os.environ.get("TERM", "") in ("", "dumb")
+    history = data_dir / "chat_history" if data_dir else None
+    return Terminal(
+        LineEditor(history, complete, plain), colours=not plain and not os.environ.get("NO_COLOR", "")
+    )
+
+
+async def _run(chosen: Namespace, screen: Screen, token: str | None, authorities: Path | None) -> int:
+    def told_jitter() -> float:
+        """Called before each attempt to get a lost connection back: the moment to say so."""
+        screen.reconnecting()
+        return random.random()
+
+    async with AsyncExitStack() as stack:
+        address, server = chosen.server, None
+        if chosen.model is not None:
+            screen.note(f"starting a server for {chosen.model} ...")
+            server = await stack.enter_async_context(await _own_server(chosen))
+            address = server.address
+        client = ContinuoClient(address, token=token, tls=authorities or False, jitter=told_jitter)
+        await stack.enter_async_context(client)
+        talk = Talk(client, screen, chosen.system, server.check if server else lambda: None)
+        await _greet(client, screen, address)
+        if chosen.conversation is not None:
+            await talk.resume(chosen.conversation)
+        try:
+            await converse(talk)
+        finally:
+            if talk.is_kept and not (chosen.model is not None and chosen.data_dir is None):
+                screen.farewell(f"To go on: {_command(chosen, talk.id)}")
+    return 0
+
+
+async def _own_server(chosen: Namespace) -> ServerProcess:
+    is_hub_id = isinstance(chosen.model, str)
+    return await ServerProcess.start(
+        *(chosen.model if is_hub_id else str(chosen.model.resolve()), *_hub_arguments(chosen)),
+        *("--listen", "127.0.0.1:0", "--data-dir", str(chosen.data_dir or "none")),
+        show_log=_show_download if is_hub_id and sys.stderr.isatty() else None,
+    )
+
+
+def _show_download(said: bytes) -> None:
+    sys.stderr.buffer.write(said)
+    sys.stderr.flush()
+
+
+async def _greet(client: ContinuoClient, screen: Screen, address: str) -> None:
+    try:
+        info = await client.model_info()
+    except Unavailable as error:
+        reason = "" if "Connection refused" in str(error) else f" ({error})"
+        raise NoServer(
+            f"no server answers at {address}{reason}; start one with 'continuo serve', "
+            "or talk to one of your own with 'continuo chat MODEL'"
+        ) from None
+    except Unauthenticated as error:
+        raise UsageError(f"{error}; --token-file FILE sends the token in FILE") from None
+    screen.note(
+        f"{info.name}, context of {info.limits.context_tokens:,} tokens.  /help says what can be done."
+    )
+
+
+async def converse(talk: Talk) -> None:
+    """Until the user ends it; piped, also at the first error."""
+    while not talk.has_ended and (text := await talk.screen.read()) is not None:
+        if not talk.screen.is_interactive:
+            await talk.say(text)
+        elif text.strip():
+            await _answer_interactively(talk, text)
+
+
+async def _answer_interactively(talk: Talk, text: str) -> None:
+    """The first Ctrl-C ends what is being done, a second one the program."""
+    command = parse(text)
+    doing = asyncio.create_task(perform(talk, *command) if command else talk.say(text))
+    interrupting: asyncio.Task[None] | None = None
+
+    def interrupt() -> None:
+        nonlocal interrupting
+        if interrupting is not None:
+            raise KeyboardInterrupt
+        interrupting = asyncio.create_task(talk.interrupt(doing))
+
+    with _on_ctrl_c(interrupt):
+        await asyncio.wait([doing])
+    try:
+        await doing
+    except (ContinuoError, Mistake) as error:
+        talk.screen.failed(str(error))
+    except asyncio.CancelledError:
+        talk.screen.failed("interrupted")
+
+
+@contextmanager
+def _on_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    before = signal.getsignal(signal.SIGINT)
+    loop.add_signal_handler(signal.SIGINT, act)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, before)
+
+
+def _command(chosen: Namespace, id: str) -> str:
+    """The command that resumes this conversation."""
+    words = ["continuo", "chat", "--conversation", id]
+    if chosen.model is not None:
+        words += [str(chosen.model), *_hub_arguments(chosen), "--data-dir", str(chosen.data_dir)]
+    else:
+        words += ["--server", chosen.server]
+    for flag, value in (("--token-file", chosen.token_file), ("--tls-ca", chosen.tls_ca)):
+        words += [flag, str(value)] if value else []
+    return shlex.join(words)
+
+
+def _hub_arguments(chosen: Namespace) -> list[str]:
+    return (["--revision", chosen.revision] if chosen.revision else []) + ["--offline"] * chosen.offline
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the token file {path} cannot be read: {error}") from error
+    if len(token.split()) != 1:
+        raise UsageError(f"the token file {path} should hold one token and nothing else")
+    return token
+
+
+def _readable(path: Path | None) -> Path | None:
+    if path is not None and not path.is_file():
+        raise UsageError(f"there is no file {path}; --tls-ca takes a certificate authority in PEM format")
+    return path
