@@ -27,7 +27,6 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         begun = time.perf_counter()
-        drawing = [segment for segment in plan.segments if segment.draw is not None]
         meta = attn_meta(plan, self._block_size)
         ids = torch.tensor(
             [id for s in plan.segments for id in (s.token_ids or (self._last[s.row],))], dtype=torch.int64
@@ -35,11 +34,9 @@ class ModelRunner:
         ends = meta.q_indptr[1:].tolist()
         rows = [end - 1 for segment, end in zip(plan.segments, ends, strict=True) if segment.draw is not None]
         logits = self._decoder.forward(ids, meta, self._store.layers, torch.tensor(rows, dtype=torch.int64))
-        chosen = self._sampler.sample(
-            logits, [segment.draw for segment in drawing if segment.draw is not None]
-        )
-        self._last = {segment.row: token for segment, token in zip(drawing, chosen, strict=True)}
-        return StepResult(dict(self._last), time.perf_counter() - begun)
+        draws = {segment.row: segment.draw for segment in plan.segments if segment.draw is not None}
+        self._last, logprobs = self._sampler.sample(logits, draws)
+        return StepResult(dict(self._last), time.perf_counter() - begun, logprobs)
 
 
 def attn_meta(plan: StepPlan, block_size: int) -> AttnMeta:

@@ -1,14 +1,16 @@
-"""From logits to token ids: parameters as tensors, and tokens that may not come yet."""
+"""From logits to token ids: edits first, then logprobs, then a choice by temperature and filters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.batch import RowParams
+from engine.edits import Edits
 from engine.errors import InvalidRequest
 from engine.stopping import stop_ids
-from engine.types import SamplingParams
+from engine.types import SamplingParams, TokenLogprobs
+from kernels.logprobs import logprobs
 from kernels.sampling import SamplingRows, greedy, sample
 
 
@@ -18,32 +20,50 @@ class Sampler:
     def __init__(self, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
+        self._edits = Edits(eos_ids)
 
-    def check(self, params: SamplingParams) -> None:
+    def check(self, params: SamplingParams, bad_word_ids: Sequence[Sequence[int]] = ()) -> None:
         """InvalidRequest if these parameters cannot work with this model's vocabulary."""
-        wrong = [token for token in params.stop_token_ids or () if not 0 <= token < self._vocab_size]
-        if wrong:
-            raise InvalidRequest(
-                f"stop_token_ids holds {wrong[0]}; this model's tokens are 0 to {self._vocab_size - 1}"
-            )
+        biased = [token for token, _ in params.logit_bias or ()]
+        self._check_tokens("stop_token_ids holds", params.stop_token_ids or ())
+        self._check_tokens("logit_bias names", biased)
+        if len(set(biased)) < len(biased):
+            twice = next(token for token in biased if biased.count(token) > 1)
+            raise InvalidRequest(f"logit_bias names token {twice} more than once; give it one bias")
+        if (params.logprobs or 0) > self._vocab_size:
+            raise InvalidRequest(f"logprobs is {params.logprobs}; this model has {self._vocab_size} tokens")
         if params.min_tokens and params.max_tokens and params.min_tokens > params.max_tokens:
             raise InvalidRequest(
                 f"min_tokens is {params.min_tokens} and max_tokens {params.max_tokens}; lower min_tokens"
             )
-        if params.min_tokens and len(stop_ids(params, self._eos_ids)) == self._vocab_size:
+        stops = stop_ids(params, self._eos_ids) if params.min_tokens else frozenset[int]()
+        if len(stops) == self._vocab_size:
             raise InvalidRequest(
                 f"every token stops the reply, so min_tokens {params.min_tokens} cannot be met"
             )
+        if len(stops.union(word[-1] for word in bad_word_ids)) == self._vocab_size:
+            also = f", or stops the reply before min_tokens {params.min_tokens}" if stops else ""
+            raise InvalidRequest(f"every token ends one of the bad_words{also}; leave some of them out")
 
-    def sample(self, logits: Tensor, params: Sequence[RowParams]) -> list[int]:
-        """One token id per row.  logits: [R, V] fp32; rows that may not stop yet are masked in place."""
+    def _check_tokens(self, where: str, tokens: Sequence[int]) -> None:
+        wrong = [token for token in tokens if not 0 <= token < self._vocab_size]
+        if wrong:
+            raise InvalidRequest(f"{where} {wrong[0]}; this model's tokens are 0 to {self._vocab_size - 1}")
+
+    def sample(
+        self, logits: Tensor, params: Mapping[int, RowParams]
+    ) -> tuple[dict[int, int], dict[int, TokenLogprobs]]:
+        """One token id per row, and the logprobs of those rows that report them.
+
+        `params` by the row's name, in the order of logits [R, V] fp32, which are edited in place.
+        """
         with torch.inference_mode():  # as the model that made these logits: elsewhere they may not be written
-            for row, p in enumerate(params):
-                if p.num_generated < (p.sampling.min_tokens or 0):
-                    logits[row, list(stop_ids(p.sampling, self._eos_ids))] = -torch.inf
-            all_greedy = not any(p.sampling.temperature for p in params)
-            ids: list[int] = (greedy(logits) if all_greedy else sample(logits, _rows(params))).tolist()
-        return ids
+            self._edits.apply(logits, params)
+            rows = list(params.values())
+            all_greedy = not any(p.sampling.temperature for p in rows)
+            chosen = greedy(logits) if all_greedy else sample(logits, _rows(rows))
+            ids: dict[int, int] = dict(zip(params, chosen.tolist(), strict=True))
+            return ids, _logprobs(logits, params, chosen)
 
 
 def _rows(params: Sequence[RowParams]) -> SamplingRows:
@@ -55,3 +75,24 @@ def _rows(params: Sequence[RowParams]) -> SamplingRows:
         seed=torch.tensor([p.seed for p in params]),
         position=torch.tensor([p.position for p in params]),
     )
+
+
+def _logprobs(logits: Tensor, params: Mapping[int, RowParams], chosen: Tensor) -> dict[int, TokenLogprobs]:
+    """Of the rows that report them; a token that cannot be chosen is not among the likeliest."""
+    asked = [(at, row, p.sampling.logprobs) for at, (row, p) in enumerate(params.items())]
+    wanted = [(at, row, num) for at, row, num in asked if num is not None]
+    if not wanted:
+        return {}
+    some = slice(None) if len(wanted) == len(params) else torch.tensor([at for at, _, _ in wanted])
+    most = max(num for _, _, num in wanted)
+    of_chosen, top, ids = (found.tolist() for found in logprobs(logits[some], chosen[some], most))
+    return {
+        row: TokenLogprobs(
+            token,
+            logprob,
+            tuple((id, value) for id, value in zip(ids[i][:num], top[i], strict=False) if value > -torch.inf),
+        )
+        for i, ((_, row, num), token, logprob) in enumerate(
+            zip(wanted, chosen[some].tolist(), of_chosen, strict=True)
+        )
+    }

@@ -1,5 +1,7 @@
 """The sampler reads resolved parameters, holds back what would end a reply too early, and knows the end."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -25,6 +27,12 @@ def row(
     return RowParams(params, seed, position, num_generated)
 
 
+def choose(sampler: Sampler, logits: torch.Tensor, rows: Sequence[RowParams]) -> list[int]:
+    """The tokens of rows named 0, 1, 2 ..."""
+    sampled, _ = sampler.sample(logits, dict(enumerate(rows)))
+    return list(sampled.values())
+
+
 def falling_from(first: int) -> torch.Tensor:
     """Logits whose greedy choice is `first`, then the next id, and so on around.  [VOCAB]"""
     return -torch.arange(VOCAB).roll(first).float()
@@ -34,8 +42,8 @@ def test_rows_of_all_kinds_share_a_call(sampler: Sampler) -> None:
     logits = torch.stack([falling_from(3), falling_from(5), falling_from(9)])
     cold = SamplingParams(temperature=1e-6, top_p=0.9)
     one = SamplingParams(temperature=5.0, top_k=1)
-    assert sampler.sample(logits, [row(), row(cold), row(one)]) == [3, 5, 9]
-    assert sampler.sample(logits, [row(), row(), row(SamplingParams())]) == [3, 5, 9]
+    assert choose(sampler, logits, [row(), row(cold), row(one)]) == [3, 5, 9]
+    assert choose(sampler, logits, [row(), row(), row(SamplingParams())]) == [3, 5, 9]
 
 
 def test_a_drawn_token_is_a_function_of_seed_and_position(sampler: Sampler) -> None:
@@ -43,11 +51,11 @@ def test_a_drawn_token_is_a_function_of_seed_and_position(sampler: Sampler) -> N
     logits = torch.randn(1, VOCAB)
 
     def reply(seed: int) -> list[int]:
-        return [sampler.sample(logits, [row(hot, seed=seed, position=at)])[0] for at in range(40)]
+        return [choose(sampler, logits, [row(hot, seed=seed, position=at)])[0] for at in range(40)]
 
     assert reply(1) == reply(1) != reply(2)
-    together = sampler.sample(
-        logits.expand(41, -1), [row(), *(row(hot, seed=1, position=at) for at in range(40))]
+    together = choose(
+        sampler, logits.expand(41, -1), [row(), *(row(hot, seed=1, position=at) for at in range(40))]
     )
     assert together[1:] == reply(1)
     assert len(set(reply(1))) > 5
@@ -57,7 +65,7 @@ def test_a_drawn_token_is_a_function_of_seed_and_position(sampler: Sampler) -> N
 def test_nothing_stops_a_reply_before_min_tokens(sampler: Sampler, temperature: float) -> None:
     params = SamplingParams(temperature=temperature, min_tokens=2, stop_token_ids=(8,))
     logits = falling_from(7).repeat(3, 1)
-    ids = sampler.sample(logits, [row(params, num_generated=n) for n in range(3)])
+    ids = choose(sampler, logits, [row(params, num_generated=n) for n in range(3)])
     assert ids == [9, 9, 7]  # 7 is eos, 8 a stop token
     assert torch.equal(logits[2], falling_from(7))
 
@@ -65,20 +73,22 @@ def test_nothing_stops_a_reply_before_min_tokens(sampler: Sampler, temperature: 
 def test_logits_made_in_inference_mode_can_be_masked(sampler: Sampler) -> None:
     with torch.inference_mode():
         logits = falling_from(7)[None].clone()
-    assert sampler.sample(logits, [row(SamplingParams(min_tokens=1, temperature=1e-6, top_p=0.9))]) == [8]
+    assert choose(sampler, logits, [row(SamplingParams(min_tokens=1, temperature=1e-6, top_p=0.9))]) == [8]
 
 
 def test_an_eos_that_is_ignored_is_not_held_back(sampler: Sampler) -> None:
     params = SamplingParams(temperature=0.0, min_tokens=2, ignore_eos=True, stop_token_ids=(8,))
-    assert sampler.sample(falling_from(7)[None], [row(params)]) == [7]
-    assert sampler.sample(falling_from(8)[None], [row(params)]) == [9]
+    assert choose(sampler, falling_from(7)[None], [row(params)]) == [7]
+    assert choose(sampler, falling_from(8)[None], [row(params)]) == [9]
 
 
 def test_logits_stay_untouched_where_nothing_is_held_back(sampler: Sampler) -> None:
     logits = torch.randn(2, VOCAB)
     before = logits.clone()
-    sampler.sample(
-        logits, [row(SamplingParams(min_tokens=2), num_generated=2), row(SamplingParams(temperature=1.0))]
+    choose(
+        sampler,
+        logits,
+        [row(SamplingParams(min_tokens=2), num_generated=2), row(SamplingParams(temperature=1.0))],
     )
     assert torch.equal(logits, before)
 
@@ -107,6 +117,16 @@ def test_a_reply_ends_for_the_reason_that_applies_first(
     [
         (SamplingParams(stop_token_ids=(3, 12)), "stop_token_ids holds 12; this model's tokens are 0 to 11"),
         (SamplingParams(stop_token_ids=(-1,)), "stop_token_ids holds -1; this model's tokens are 0 to 11"),
+        (
+            SamplingParams(logit_bias=((3, 1.0), (12, 1.0))),
+            "logit_bias names 12; this model's tokens are 0 to 11",
+        ),
+        (SamplingParams(logit_bias=((-1, 1.0),)), "logit_bias names -1; this model's tokens are 0 to 11"),
+        (
+            SamplingParams(logit_bias=((3, 1.0), (4, 1.0), (3, 2.0))),
+            "logit_bias names token 3 more than once; give it one bias",
+        ),
+        (SamplingParams(logprobs=13), "logprobs is 13; this model has 12 tokens"),
         (SamplingParams(min_tokens=9, max_tokens=8), "min_tokens is 9 and max_tokens 8; lower min_tokens"),
         (
             SamplingParams(min_tokens=1, stop_token_ids=tuple(range(1, 12))),
@@ -126,3 +146,20 @@ def test_parameters_that_work_pass_the_check(sampler: Sampler) -> None:
     sampler.check(SamplingParams())
     sampler.check(SamplingParams(min_tokens=8, max_tokens=8, stop_token_ids=(0, 11)))
     sampler.check(SamplingParams(stop_token_ids=tuple(range(12))))
+    sampler.check(SamplingParams(logit_bias=((0, -100.0), (11, 100.0)), logprobs=12))
+    sampler.check(SamplingParams(), bad_word_ids=[(token,) for token in range(11)])
+    sampler.check(SamplingParams(min_tokens=1), bad_word_ids=[(11, token) for token in range(11)])
+
+
+def test_bad_words_that_could_leave_no_token_are_refused(sampler: Sampler) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        sampler.check(SamplingParams(), bad_word_ids=[(3, token) for token in range(12)])
+    assert str(refused.value) == "every token ends one of the bad_words; leave some of them out"
+    others = [(token,) for token in range(12) if token not in EOS]
+    sampler.check(SamplingParams(), others)
+    with pytest.raises(InvalidRequest) as refused:
+        sampler.check(SamplingParams(min_tokens=2), others)
+    assert str(refused.value) == (
+        "every token ends one of the bad_words, or stops the reply before min_tokens 2; "
+        "leave some of them out"
+    )
