@@ -122,7 +122,8 @@ class EngineCore:
     ) -> Turn:
         """A turn that is over as soon as its prompt stands in the history.  ContextOverflow."""
         turn = self._new_turn(conversation, turn_id, prompt_ids, SamplingParams(), 0, first_token, room_for=0)
-        self.finish(turn, FinishReason.APPENDED, 0)
+        turn.state, turn.finish_reason = TurnState.FINISHED, FinishReason.APPENDED
+        conversation.end(0)
         self.compute_when_idle(conversation)
         return turn
 

@@ -266,7 +266,8 @@ VALUES ('c-1', 'local', 'f00d', 1.5, 2.25, 'secret', 1, 3, 7, 'Be brief.', '{"to
 """
 INSERT_TURN_1 = """
 INSERT INTO turns (conversation_id, number, turn_id, first_token, finish_reason, usage, timing, created_at,
-                   done_seq, history_rewritten, digest, matched_stop, messages, reply_text, prompt_ids, reply_ids)
+                   done_seq, history_rewritten, digest, matched_stop, messages, reply_text, prompt_ids,
+                   reply_ids)
 VALUES ('c-1', 0, 't-0', 0, 1, '{"prompt_tokens": 2}', '{"ttft_s": 0.5}', 3.5, 7, 1, x'00ff', NULL,
         '[["user", "hello"]]', 'hi', x'0100000002000000', x'03000000')
 """
