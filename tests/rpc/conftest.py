@@ -1,7 +1,7 @@
 """A real server on a free port over a scripted engine, a real client, and a stream without its manners."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -80,6 +80,14 @@ class Wire:
         assert await self.call.code() is grpc.StatusCode.OK
 
 
+def kinds(events: Sequence[pb.ServerEvent]) -> list[str | None]:
+    return [event.WhichOneof("event") for event in events]
+
+
+def reply_of(events: Sequence[pb.ServerEvent]) -> str:
+    return "".join(event.delta.text for event in events)
+
+
 @pytest.fixture
 async def engine() -> AsyncIterator[FakeEngine]:
     async with FakeEngine() as engine:
@@ -112,3 +120,25 @@ def conversations(channel: grpc.aio.Channel) -> Any:
 @pytest.fixture
 def wire(conversations: Any) -> Wire:
     return Wire(conversations.Converse())
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost connections come back without long pauses."""
+    monkeypatch.setattr("rpc.client.PAUSES_S", (0.02,) * 100)
+
+
+@pytest.fixture
+async def restart(engine: FakeEngine, server: Server) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Breaks every connection and serves again on the same port; the engine lives on."""
+    servers = [server]
+
+    async def restart() -> None:
+        servers[-1].hurry()
+        await servers[-1].stop()
+        servers.append(Server(engine, ServerOptions(listen=server.address)))
+        await servers[-1].start()
+
+    yield restart
+    servers[-1].hurry()
+    await servers[-1].stop()

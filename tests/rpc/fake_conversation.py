@@ -112,6 +112,7 @@ class FakeAttachment:
 
     async def events(self) -> AsyncIterator[ConversationEvent]:
         while True:
+            await self.engine.pass_through("events")
             self.conversation.changed.clear()
             while self.replays:
                 yield self.replays.pop(0)

@@ -6,15 +6,7 @@ import grpc
 import pytest
 
 from rpc._generated import continuo_pb2 as pb
-from tests.rpc.conftest import Wire, eventually
-
-
-def kinds(events):
-    return [event.WhichOneof("event") for event in events]
-
-
-def reply_of(events):
-    return "".join(event.delta.text for event in events)
+from tests.rpc.conftest import Wire, eventually, kinds, reply_of
 
 
 @pytest.mark.parametrize("discard", [False, True])

@@ -10,16 +10,8 @@ from engine.types import Message, SamplingParams
 from rpc._generated import continuo_pb2 as pb
 from rpc._generated import continuo_pb2_grpc as pb_grpc
 from rpc.status import status_of
-from tests.rpc.conftest import Wire, running
+from tests.rpc.conftest import Wire, eventually, kinds, reply_of, running
 from tests.rpc.fakes import FakeEngine
-
-
-def kinds(events):
-    return [event.WhichOneof("event") for event in events]
-
-
-def reply_of(events):
-    return "".join(event.delta.text for event in events)
 
 
 async def test_a_turn_is_accepted_streamed_and_done_with_growing_seq(wire):
@@ -248,6 +240,15 @@ async def test_a_slow_reader_gets_what_waited_in_one_delta(stuck, engine):
     deltas = [event.delta for event in events if event.WhichOneof("event") == "delta"]
     assert max(len(delta.token_ids) for delta in deltas) > 50
     assert "".join(chr(token) for delta in deltas for token in delta.token_ids) == "You said: " + "x" * 200
+
+
+async def test_a_rewound_comes_behind_all_events_of_the_turns_before_it(stuck, engine):
+    engine.release()
+    await eventually(lambda: engine.conversations["local", "c-1"].turns)
+    await stuck.send(7, rewind=pb.Rewind(turns=0))
+    events = await stuck.until("rewound")
+    assert kinds(events)[-2:] == ["turn_done", "rewound"]
+    assert (events[-1].rewound.client_seq, events[-1].rewound.committed_tokens) == (7, 0)
 
 
 async def test_a_reader_that_stopped_and_went_away_counts_as_gone(stuck, engine):

@@ -6,30 +6,7 @@ import pytest
 
 from engine.errors import Draining
 from rpc.client import ContinuoClient, FinishReason, Unavailable
-from rpc.listen import ServerOptions
-from rpc.server import Server
 from tests.rpc.conftest import eventually
-
-
-@pytest.fixture
-async def fast(monkeypatch):
-    monkeypatch.setattr("rpc.client.PAUSES_S", (0.02,) * 100)
-
-
-@pytest.fixture
-async def restart(engine, server):
-    """Breaks every connection and serves again on the same port; the engine lives on."""
-    servers = [server]
-
-    async def restart():
-        servers[-1].hurry()
-        await servers[-1].stop()
-        servers.append(Server(engine, ServerOptions(listen=server.address)))
-        await servers[-1].start()
-
-    yield restart
-    servers[-1].hurry()
-    await servers[-1].stop()
 
 
 async def half_read(chat, engine):
