@@ -52,14 +52,18 @@ def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
             raise ValueError(
                 f"rows.{field.name} is {list(shape)}; it must be [{logits.shape[0]}] like logits"
             )
-    ids = greedy(logits)
     is_drawn = rows.temperature > 0
     is_filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
-    for chosen, draw in ((is_drawn & is_filtered, _draw_filtered), (is_drawn & ~is_filtered, _draw_from_all)):
-        if chosen.all():
-            ids = draw(logits, rows)
-        elif chosen.any():
-            ids[chosen] = draw(logits[chosen], rows.select(chosen))
+    ids = torch.empty(len(logits), dtype=torch.int64)
+    for chosen, choose in (
+        (~is_drawn, lambda logits, _: greedy(logits)),
+        (is_drawn & is_filtered, _draw_filtered),
+        (is_drawn & ~is_filtered, _draw_from_all),
+    ):
+        if chosen.all():  # nothing to be copied, which is the common case
+            return choose(logits, rows)
+        if chosen.any():
+            ids[chosen] = choose(logits[chosen], rows.select(chosen))
     return ids
 
 
