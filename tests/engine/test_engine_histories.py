@@ -1,12 +1,13 @@
-"""Random histories of clients: open, turn, read a little, cancel, disconnect, resume, crash and restart,
-under memory pressure.  What clients were told is what the log holds, and every reply equals that of a fresh
-stateless run.
+"""Random histories of clients: open, turn, append, regenerate, rewind, fork, update, read a little, cancel,
+disconnect, resume, crash and restart, under memory pressure.  What clients were told is what the log holds,
+and every reply equals that of a fresh stateless run.
 """
 
 import asyncio
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -19,21 +20,37 @@ from engine.types import (
     ConversationId,
     Delta,
     FinishReason,
+    ForkRequest,
     OpenRequest,
+    Point,
+    RegenerateRequest,
     ResumeRequest,
     SamplingParams,
+    Standing,
     Tenant,
     TurnAccepted,
     TurnDone,
     TurnFailed,
     TurnId,
     TurnRequest,
+    UpdateRequest,
 )
 from tests.engine.harness import VOCAB, fake_engine
 from tests.fakes import stateless_reply
 
 TENANT = Tenant("local")
 NUM_SLOTS = 9  # blocks of 16 tokens: a few conversations at most stay resident
+CONTEXT = (NUM_SLOTS - 1) * 16
+
+
+@dataclass(frozen=True)
+class Told:
+    """A committed turn."""
+
+    id: TurnId
+    prompt: list[int]
+    reply: list[int]
+    is_append: bool = False
 
 
 @dataclass(eq=False)
@@ -42,11 +59,33 @@ class Client:
 
     id: ConversationId
     attachment: Attachment | None
-    history: list[int] = field(default_factory=list)  # committed, as told
+    turns: list[Told] = field(default_factory=list)  # committed, as told
     seq: int = 0
-    pending: TurnRequest | None = None  # sent, and neither done nor failed as far as the client knows
+    pending: TurnRequest | RegenerateRequest | None = None  # sent; neither done nor failed as far as it knows
     shown: list[int] = field(default_factory=list)  # of the reply
-    num_turns: int = 0
+    num_sent: int = 0
+    default_tokens: int = 7  # of a reply
+
+    @property
+    def history(self) -> list[int]:
+        return [token for turn in self.turns for token in (*turn.prompt, *turn.reply)]
+
+    def next_id(self) -> TurnId:
+        self.num_sent += 1
+        return TurnId(f"t{self.num_sent}")
+
+    def cut(self, num_tokens: int) -> list[Told]:
+        """The turns that a rewind or a fork at that token leaves."""
+        left, kept = num_tokens, []
+        for turn in self.turns:
+            if not left:
+                break
+            prompt = turn.prompt[:left]
+            reply = turn.reply[: left - len(prompt)]
+            was_cut = len(prompt) < len(turn.prompt)
+            kept.append(Told(turn.id, prompt, reply, is_append=turn.is_append or was_cut))
+            left -= len(prompt) + len(reply)
+        return kept
 
 
 class Histories:
@@ -81,21 +120,72 @@ class Histories:
 
     async def open(self, which: int, how: int) -> None:
         if len(self.clients) < 5:
-            attachment = await self.engine.open(TENANT, OpenRequest())
+            sampling = SamplingParams(max_tokens=7, ignore_eos=True)
+            attachment = await self.engine.open(TENANT, OpenRequest(sampling=sampling))
             self.clients.append(Client(attachment.conversation_id, attachment))
 
     async def turn(self, which: int, how: int) -> None:
-        for client in self.one_of(which, lambda c: c.attachment and not c.pending):
-            sampling = SamplingParams(max_tokens=1 + how % 25, ignore_eos=True)
-            prompt = tuple((how * 7 + i) % 200 for i in range(1 + how % 31))
-            client.pending = TurnRequest(TurnId(f"{client.num_turns}"), token_ids=prompt, sampling=sampling)
-            client.num_turns += 1
+        for client in self.free(which):
+            sampling = SamplingParams(max_tokens=1 + how % 25 if how % 4 else None)
+            client.pending = TurnRequest(client.next_id(), token_ids=some_ids(how), sampling=sampling)
             await self.send(client)
+
+    async def append(self, which: int, how: int) -> None:
+        for client in self.free(which):
+            client.pending = TurnRequest(client.next_id(), token_ids=some_ids(how), wants_reply=False)
+            await self.send(client)
+
+    async def regenerate(self, which: int, how: int) -> None:
+        for client in self.free(which):
+            with_reply = [turn for turn in client.turns if not turn.is_append]
+            if with_reply:
+                replaces = with_reply[how % len(with_reply)].id
+                is_last = replaces == client.turns[-1].id and how % 2
+                sampling = SamplingParams(max_tokens=1 + how % 23)
+                client.pending = RegenerateRequest(client.next_id(), None if is_last else replaces, sampling)
+                await self.send(client)
+
+    async def rewind(self, which: int, how: int) -> None:
+        for client in self.free(which):
+            assert client.attachment is not None
+            if how % 3:
+                at = Point(num_tokens=how % (len(client.history) + 1))
+                kept = client.cut(at.num_tokens or 0)
+            else:
+                at = Point(num_turns=how % (len(client.turns) + 1))
+                kept = client.turns[: at.num_turns]
+            for _ in range(1 + how % 2):
+                standing = await client.attachment.rewind(at)
+                client.turns = kept
+                assert standing == Standing(len(client.history), len(kept), CONTEXT - len(client.history))
+
+    async def fork(self, which: int, how: int) -> None:
+        for client in self.one_of(which, lambda c: not c.pending):
+            if len(self.clients) < 5:
+                num_tokens = how % (len(client.history) + 1)
+                id = ConversationId(f"fork-{len(self.clients)}") if how % 2 else None
+                request = ForkRequest(client.id, id, Point(num_tokens=num_tokens))
+                record = await self.engine.fork(TENANT, request)
+                if id is not None:
+                    assert await self.engine.fork(TENANT, request) == record
+                fork = Client(record.id, None, client.cut(num_tokens), num_sent=client.num_sent)
+                fork.default_tokens = client.default_tokens
+                self.clients.append(fork)
+
+    async def update(self, which: int, how: int) -> None:
+        for client in self.free(which):
+            assert client.attachment is not None
+            client.default_tokens = 1 + how % 9
+            sampling = SamplingParams(max_tokens=client.default_tokens, ignore_eos=True)
+            await client.attachment.update(UpdateRequest(sampling))
 
     async def send(self, client: Client) -> None:
         assert client.attachment is not None and client.pending is not None
         try:
-            await client.attachment.turn(client.pending)
+            if isinstance(client.pending, RegenerateRequest):
+                await client.attachment.regenerate(client.pending)
+            else:
+                await client.attachment.turn(client.pending)
         except ContextOverflow:
             client.pending = None
 
@@ -141,9 +231,18 @@ class Histories:
             await self.resume(number, 0)
             if client.pending is not None:
                 await self.read(client, None)
-            _, turns = await self.engine.get(TENANT, client.id)
-            assert client.history == [id for turn in turns for id in (*turn.prompt_ids, *turn.reply_ids)]
+            record, turns = await self.engine.get(TENANT, client.id)
+            assert [(t.id, t.prompt, t.reply) for t in client.turns] == [
+                (t.turn_id, list(t.prompt_ids), list(t.reply_ids)) for t in turns
+            ]
+            assert (record.num_turns, record.num_tokens) == (len(turns), len(client.history))
+            assert [turn.first_token for turn in turns] == list(
+                accumulate((len(t.prompt) + len(t.reply) for t in client.turns[:-1]), initial=0)
+            )[: len(turns)]
         self.manager.check()
+
+    def free(self, which: int) -> list[Client]:
+        return self.one_of(which, lambda c: c.attachment and not c.pending)
 
     def one_of(self, which: int, possible: Callable[[Client], object]) -> list[Client]:
         clients = [client for client in self.clients if possible(client)]
@@ -175,18 +274,32 @@ class Histories:
 
     def take_in(self, client: Client, done: TurnDone) -> None:
         assert client.pending is not None and done.turn_id == client.pending.turn_id
-        history = [*client.history, *client.pending.token_ids]
-        wanted = client.pending.sampling.max_tokens or 0
-        assert client.shown == stateless_reply(history, wanted, frozenset(), VOCAB)[: len(client.shown)]
+        request, before, is_append = client.pending, client.turns, False
+        if isinstance(request, RegenerateRequest):
+            ids = [turn.id for turn in client.turns]
+            number = ids.index(request.replaces) if request.replaces is not None else len(ids) - 1
+            before, prompt = client.turns[:number], client.turns[number].prompt
+        else:
+            prompt, is_append = list(request.token_ids), not request.wants_reply
+        client.turns = [*before, Told(done.turn_id, prompt, [])]
+        wanted = 0 if is_append else request.sampling.max_tokens or client.default_tokens
+        expected = stateless_reply(client.history, wanted, frozenset(), VOCAB)
+        assert client.shown == expected[: len(client.shown)]
         if done.finish_reason is FinishReason.LENGTH:
             assert len(client.shown) == wanted
-        client.history = history + client.shown
+        assert (done.finish_reason is FinishReason.APPENDED) is is_append
+        client.turns[-1] = Told(done.turn_id, prompt, client.shown, is_append)
         assert done.committed_tokens == len(client.history)
         client.pending, client.shown = None, []
 
 
+def some_ids(how: int) -> tuple[int, ...]:
+    return tuple((how * 7 + i) % 200 for i in range(1 + how % 31))
+
+
 OPERATIONS = (
-    *("open", "turn", "turn", "read_a_little", "read_to_the_end"),
+    *("open", "turn", "turn", "read_a_little", "read_to_the_end", "read_to_the_end"),
+    *("append", "regenerate", "rewind", "fork", "update"),
     *("cancel", "disconnect", "resume", "restart"),
 )
 NUMBERS = st.integers(0, 1000)
@@ -206,7 +319,7 @@ SETTINGS = settings(
 
 
 @given(SCRIPTS, st.integers(0, 1))
-@settings(SETTINGS, max_examples=150)
+@settings(SETTINGS, max_examples=100)
 def test_what_clients_were_told_is_what_is_kept(script: list[tuple[str, int, int]], run_ahead: int) -> None:
     play(script, run_ahead)
 
