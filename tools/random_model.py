@@ -88,18 +88,19 @@ def write_random_model(
     stored = str(dtype).removeprefix("torch.")
     _write_json(folder / "config.json", {**config, "eos_token_id": end_ids[0], "torch_dtype": stored})
     _write_json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": end_ids})
-    _write_weights(folder, expected_tensors(ModelConfig.from_dir(folder)), dtype, seed)
+    _write_weights(folder, ModelConfig.from_dir(folder), dtype, seed)
 
 
-def _write_weights(folder: Path, tensors: dict[str, Shape], dtype: torch.dtype, seed: int) -> None:
+def _write_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    tensors, norm = expected_tensors(config), 1.0 - config.norm_offset
     shards = _shards(tensors, dtype.itemsize)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        drawn = {name: _draw(name, tensors[name], dtype, generator) for name in names}
+        drawn = {name: _draw(name, tensors[name], norm, dtype, generator) for name in names}
         save_file(drawn, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
@@ -119,8 +120,10 @@ def _shards(tensors: dict[str, Shape], itemsize: int) -> list[list[str]]:
     return shards
 
 
-def _draw(name: str, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    centre = 1.0 if "norm" in name else 0.0
+def _draw(
+    name: str, shape: Shape, norm: float, dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
+    centre = norm if name.endswith("norm.weight") else 0.0
     return torch.empty(shape).normal_(centre, _SPREAD, generator=generator).to(dtype)
 
 

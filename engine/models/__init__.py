@@ -1,8 +1,8 @@
 """Models: a folder in Hugging Face format becomes a `Decoder`.
 
-    config.py      config.json -> ModelConfig: the switches this model sets; families.py has what each
-                   architecture decides by itself, layer_attention.py and rope_scaling.py what differs by layer;
-                   fields.py reads JSON with checks
+    config.py      config.json -> ModelConfig: the switches this model sets; families.py has what an
+                   architecture decides by itself, layer_attention.py and rope_scaling.py what each layer
+                   does for itself; fields.py reads JSON with checks
     checkpoint.py  safetensors files: every tensor by name, mapped, checked against what the model needs
     weights.py     the names; fusing and packing -> Decoder
     decoder.py     the forward pass of a ragged step over paged KV; rope.py its angles; opt.py that of OPT

@@ -8,10 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import InvalidRequest, ModelFolderError
-from engine.models.families import ARCHITECTURES, Architecture, Family, family_of
+from engine.models.families import ARCHITECTURES, Activation, Architecture, Family, family_of
 from engine.models.fields import Fields
 from engine.models.layer_attention import LayerAttention, read_layers
 from engine.types import SamplingParams
+
+_FIXED = {
+    "use_bidirectional_attention": False,
+    "layer_norm_elementwise_affine": True,
+    "_remove_final_layer_norm": False,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +33,19 @@ class ModelConfig:
     num_heads: int  # H
     num_kv_heads: int  # G, a divisor of H
     head_dim: int  # D
+    activation: Activation
     norm_eps: float
+    norm_offset: float  # a norm multiplies by this plus its weight
     max_positions: int
+    embedding_scale: float
+    attention_scale: float
+    attention_softcap: float | None  # c: scores s become c * tanh(s / c)
+    logit_softcap: float | None
     qkv_bias: bool
     attention_out_bias: bool
     mlp_bias: bool
     qk_norm: bool  # RMSNorm of each query and key head before RoPE
+    post_norms: bool  # also of what attention and mlp give, before it is added
     norm_first: bool  # before attention and mlp, not after; false only in OPT
     fused_weights: bool  # one tensor holds q, k and v, another gate and up
     tied_embeddings: bool  # the head's weight is the embedding
@@ -58,6 +71,7 @@ class ModelConfig:
         attention_bias = _flag(fields, family.attention_bias_key, family.has_biases)
         generation = folder / "generation_config.json"
         defaults = Fields.read(generation) if generation.exists() else Fields(generation, {})
+        head_dim = fields.integer("head_dim", family.head_dim or hidden_size // num_heads)
         config = cls(
             architecture=architecture,
             vocab_size=fields.integer("vocab_size"),
@@ -67,13 +81,20 @@ class ModelConfig:
             layers=read_layers(fields, family),
             num_heads=num_heads,
             num_kv_heads=fields.integer("num_key_value_heads", num_heads),
-            head_dim=fields.integer("head_dim", family.head_dim or hidden_size // num_heads),
+            head_dim=head_dim,
+            activation=family.activation,
             norm_eps=fields.number("rms_norm_eps", family.norm_eps),
+            norm_offset=1.0 if family.is_gemma else 0.0,
             max_positions=fields.integer("max_position_embeddings"),
+            embedding_scale=hidden_size**0.5 if family.is_gemma else 1.0,
+            attention_scale=_query_scalar(fields, family, head_dim) ** -0.5,
+            attention_softcap=fields.number_or_none("attn_logit_softcapping", family.attention_softcap),
+            logit_softcap=fields.number_or_none("final_logit_softcapping", family.logit_softcap),
             qkv_bias=family.qkv_bias or attention_bias,
             attention_out_bias=attention_bias,
             mlp_bias=_flag(fields, family.mlp_bias_key, family.has_biases),
             qk_norm=family.qk_norm,
+            post_norms=family.is_gemma,
             norm_first=fields.flag("do_layer_norm_before", default=True),
             fused_weights=family.fused_weights,
             tied_embeddings=fields.flag("tie_word_embeddings", family.tied_embeddings),
@@ -116,9 +137,17 @@ def _refuse_unsupported(fields: Fields, family: Family) -> None:
             f"{fields.path}: {family.activation_key} {fields.value(family.activation_key)} is not supported; "
             f"only {family.activation} is"
         )
-    for key, expected in (("layer_norm_elementwise_affine", True), ("_remove_final_layer_norm", False)):
-        if fields.flag(key, expected) != expected:
-            raise fields.wrong(key, f"{str(expected).lower()}, as OPT was published")
+    for key, supported in _FIXED.items():
+        if fields.flag(key, supported) != supported:
+            raise fields.wrong(key, f"{str(supported).lower()}: the other is not supported")
+
+
+def _query_scalar(fields: Fields, family: Family, head_dim: int) -> float:
+    return (
+        head_dim
+        if family.query_scalar is None
+        else fields.number("query_pre_attn_scalar", family.query_scalar)
+    )
 
 
 def _flag(fields: Fields, key: str | None, default: bool) -> bool:

@@ -1,8 +1,8 @@
 """Decoders: token ids of a ragged step in, logits of chosen rows out.
 
-`RotaryDecoder` is one program for all families but OPT (opt.py); what differs is data (biases, q/k norms,
-windows, or none of them).  Nothing here knows of conversations, blocks or phases: the caller owns the paged
-KV and says in `AttnMeta` where each row stands.
+`RotaryDecoder` is one program for all families but OPT (opt.py); what differs is data (biases, more norms,
+windows, soft caps, or none of them).  Nothing here knows of conversations, blocks or phases: the caller owns
+the paged KV and says in `AttnMeta` where each row stands.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from kernels.linear import PackedLinear
 from kernels.paged_attention import AttnMeta, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_kv_write
-from kernels.silu_mul import silu_mul
+from kernels.silu_mul import gelu_mul, silu_mul
 
 
 class Decoder(Protocol):
@@ -36,16 +36,18 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one layer, N = hidden size, F = ffn size."""
+    """Weights of one layer, N = hidden size, F = ffn size.  Norms in the model's dtype or fp32."""
 
     attention_norm: Tensor  # [N]
     qkv: PackedLinear  # N -> (H + 2G) * D: queries, keys, values
     q_norm: Tensor | None  # [D]
     k_norm: Tensor | None  # [D]
     attention_out: PackedLinear  # H * D -> N
+    attention_post_norm: Tensor | None  # [N], of what attention gives
     mlp_norm: Tensor  # [N]
     gate_up: PackedLinear  # N -> 2F, the gate first
     down: PackedLinear  # F -> N
+    mlp_post_norm: Tensor | None  # [N], of what the mlp gives
 
 
 class RotaryDecoder:
@@ -71,13 +73,16 @@ class RotaryDecoder:
         }
         self._attention = [(tables[attention.rope], attention.window) for attention in config.layers]
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        self._scale = config.head_dim**-0.5
+        self._gate = silu_mul if config.activation == "silu" else gelu_mul
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype)
 
     @torch.inference_mode()
     def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
         eps, last = self.config.norm_eps, self._layers[-1]
         num_positions = int(meta.positions.max()) + 1
         residual = self._embedding.index_select(0, ids).to(self.dtype)
+        if self.config.embedding_scale != 1:
+            residual = residual * self._embedding_scale
         x = rms_norm(residual, self._layers[0].attention_norm, eps)
         layers = zip(self._layers, self._attention, kv, self._next_norms, strict=True)
         for layer, (rope, window), layer_kv, next_norm in layers:
@@ -85,10 +90,17 @@ class RotaryDecoder:
             x = self._attend(layer, x, layer_kv, meta, cos_sin, window)
             if layer is last:  # the other rows have left their K and V; nothing else of them is needed
                 x, residual = x.index_select(0, rows), residual.index_select(0, rows)
-            x, residual = add_rms_norm(layer.attention_out(x), residual, layer.mlp_norm, eps)
-            x = layer.down(silu_mul(layer.gate_up(x)))
+            x = layer.attention_out(x)
+            if layer.attention_post_norm is not None:
+                x = rms_norm(x, layer.attention_post_norm, eps)
+            x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps)
+            x = layer.down(self._gate(layer.gate_up(x)))
+            if layer.mlp_post_norm is not None:
+                x = rms_norm(x, layer.mlp_post_norm, eps)
             x, residual = add_rms_norm(x, residual, next_norm, eps)
-        return self._head(x).float()
+        logits = self._head(x).float()
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _attend(
         self,
@@ -106,5 +118,6 @@ class RotaryDecoder:
             q = rms_norm(q, layer.q_norm, self.config.norm_eps)
             k = rms_norm(k, layer.k_norm, self.config.norm_eps)
         q = rope_kv_write(q, k, v, cos_sin, kv, meta)
-        out, _ = paged_attention(q, kv, meta, self._scale, window)
+        config = self.config
+        out, _ = paged_attention(q, kv, meta, config.attention_scale, window, config.attention_softcap)
         return out.view(x.shape[0], -1)

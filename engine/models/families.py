@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+Activation = Literal["silu", "gelu_pytorch_tanh", "relu"]
 Architecture = Literal[
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "OPTForCausalLM",
@@ -18,10 +21,11 @@ ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 class Family:
     head_dim: int | None = None  # None: hidden size / number of heads
     ffn_size_key: str = "intermediate_size"
-    activation: Literal["silu", "relu"] = "silu"
+    activation: Activation = "silu"
     activation_key: str = "hidden_act"
     norm_eps: float = 1e-6
     rope_theta: float | None = 10000.0  # None: positions are learned
+    local_rope_theta: float | None = None  # of windowed layers, where they have a RoPE of their own
     tied_embeddings: bool = False
     qkv_bias: bool = False  # whatever config.json says
     attention_bias_key: str | None = "attention_bias"  # for queries, keys, values and the output
@@ -32,12 +36,45 @@ class Family:
     code: str | None = (
         None  # what its folders name in auto_map, from before transformers knew the architecture
     )
-    windowed: Literal["none", "all", "upper"] = "none"  # layers, if there is a window and no list of types
+    is_gemma: bool = False  # scaled embedding; norms of (1 + weight), also behind attention and mlp
+    query_scalar: float | None = None  # its root divides the scores; None: the head's size
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    # Which layers see a window, if there is one and no list of types: "cyclic" leaves out every n-th.
+    windowed: Literal["none", "all", "upper", "cyclic"] = "none"
+    window_cycle: int = 1
     window: int | None = None
     switches_window: bool = False  # the window counts only under use_sliding_window
 
 
 _FAMILIES: dict[Architecture, Family] = {
+    "Gemma2ForCausalLM": Family(
+        head_dim=256,
+        activation="gelu_pytorch_tanh",
+        activation_key="hidden_activation",
+        tied_embeddings=True,
+        is_gemma=True,
+        query_scalar=256.0,
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        windowed="cyclic",
+        window_cycle=2,
+        window=4096,
+    ),
+    "Gemma3ForCausalLM": Family(
+        head_dim=256,
+        activation="gelu_pytorch_tanh",
+        activation_key="hidden_activation",
+        rope_theta=1000000.0,
+        local_rope_theta=10000.0,
+        tied_embeddings=True,
+        qk_norm=True,
+        is_gemma=True,
+        query_scalar=256.0,
+        windowed="cyclic",
+        window_cycle=6,
+        window=4096,
+    ),
     "LlamaForCausalLM": Family(mlp_bias_key="mlp_bias"),
     "MistralForCausalLM": Family(attention_bias_key=None, windowed="all", window=4096),
     "OPTForCausalLM": Family(

@@ -52,6 +52,12 @@ class Fields:
             raise self.wrong(key, "a positive number")
         return float(value)
 
+    def number_or_none(self, key: str, default: float | None) -> float | None:
+        """A positive number; here a null is no absent key: it says None, whatever the default."""
+        if self.value(key) is None and (default is None or self.has(key)):
+            return None
+        return self.number(key, default)
+
     def flag(self, key: str, default: bool = False) -> bool:
         value = self._present(key, default)
         if type(value) is not bool:

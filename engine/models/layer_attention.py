@@ -84,6 +84,8 @@ def _layer_types(fields: Fields, family: Family, window: int | None) -> list[str
 def _is_windowed(fields: Fields, family: Family, layer: int) -> bool:
     if family.windowed == "upper":
         return layer >= fields.integer("max_window_layers", 28, at_least=0)
+    if family.windowed == "cyclic":
+        return (layer + 1) % fields.integer("sliding_window_pattern", family.window_cycle) != 0
     return True
 
 
@@ -92,10 +94,15 @@ def _rope(fields: Fields, family: Family, kind: str) -> Rope | None:
     if family.rope_theta is None:
         return None
     rope = fields.group("rope_parameters" if fields.value("rope_parameters") else "rope_scaling")
-    if rope.has(_FULL) or rope.has(_WINDOWED):
+    theta = fields.number("rope_theta", family.rope_theta)
+    is_local = kind == _WINDOWED and family.local_rope_theta is not None
+    if is_local:
+        theta = fields.number("rope_local_base_freq", family.local_rope_theta)
+    if is_local or rope.has(_FULL) or rope.has(_WINDOWED):
         rope = rope.group(kind)
     for holder in (fields, rope):
         if holder.number("partial_rotary_factor", 1.0) != 1.0:
             raise holder.wrong("partial_rotary_factor", "1.0: partly rotated heads are not supported")
-    theta = rope.number("rope_theta", fields.number("rope_theta", family.rope_theta))
-    return Rope(theta, read_scaling(rope, fields.integer("max_position_embeddings")))
+    return Rope(
+        rope.number("rope_theta", theta), read_scaling(rope, fields.integer("max_position_embeddings"))
+    )

@@ -89,5 +89,5 @@ class OptDecoder:
         """x: [T, N] -> [T, H * D]."""
         q, k, v = layer.qkv(x).view(len(x), 3, -1, self.config.head_dim).unbind(dim=1)
         q = rope_kv_write(q, k, v, None, kv, meta)
-        out, _ = paged_attention(q, kv, meta, self.config.head_dim**-0.5)
+        out, _ = paged_attention(q, kv, meta, self.config.attention_scale)
         return out.view(len(x), -1)

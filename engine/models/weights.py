@@ -47,7 +47,7 @@ def _rotary_decoder(config: ModelConfig, packer: "_Packer") -> RotaryDecoder:
     head = packer.linear("model.embed_tokens" if config.tied_embeddings else "lm_head")
     layers = [_layer(packer, config, f"model.layers.{index}") for index in range(config.num_layers)]
     embedding = packer.mapped("model.embed_tokens.weight")
-    return RotaryDecoder(config, embedding, layers, packer.vector("model.norm.weight"), head)
+    return RotaryDecoder(config, embedding, layers, _norm(packer, config, "model.norm"), head)
 
 
 def _rotary_tensors(config: ModelConfig) -> dict[str, Shape]:
@@ -60,6 +60,8 @@ def _rotary_tensors(config: ModelConfig) -> dict[str, Shape]:
         "mlp.down_proj": (hidden, ffn, config.mlp_bias),
     }
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if config.post_norms:
+        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
     if config.qk_norm:
         norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
 
@@ -128,16 +130,30 @@ class _Packer:
 def _layer(packer: _Packer, config: ModelConfig, name: str) -> Layer:
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     qkv, gate_up = _joint_linears(config)
+    # Where there are norms behind attention and mlp, the name of the one before the mlp goes to one of those.
+    before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+
+    def norm(part: str, exists: bool) -> Tensor | None:
+        return _norm(packer, config, f"{name}.{part}") if exists else None
+
     return Layer(
-        attention_norm=packer.vector(f"{name}.input_layernorm.weight"),
+        attention_norm=_norm(packer, config, f"{name}.input_layernorm"),
         qkv=packer.linear(*(f"{attention}.{part}" for part in qkv), bias=config.qkv_bias),
-        q_norm=packer.vector(f"{attention}.q_norm.weight") if config.qk_norm else None,
-        k_norm=packer.vector(f"{attention}.k_norm.weight") if config.qk_norm else None,
+        q_norm=norm("self_attn.q_norm", config.qk_norm),
+        k_norm=norm("self_attn.k_norm", config.qk_norm),
         attention_out=packer.linear(f"{attention}.o_proj", bias=config.attention_out_bias),
-        mlp_norm=packer.vector(f"{name}.post_attention_layernorm.weight"),
+        attention_post_norm=norm("post_attention_layernorm", config.post_norms),
+        mlp_norm=_norm(packer, config, f"{name}.{before_mlp}"),
         gate_up=packer.linear(*(f"{mlp}.{part}" for part in gate_up), bias=config.mlp_bias),
         down=packer.linear(f"{mlp}.down_proj", bias=config.mlp_bias),
+        mlp_post_norm=norm("post_feedforward_layernorm", config.post_norms),
     )
+
+
+def _norm(packer: _Packer, config: ModelConfig, name: str) -> Tensor:
+    weight = packer.vector(f"{name}.weight")
+    # In fp32, as their makers compute: bfloat16 near 1 has no digits left for what is added to it.
+    return weight.float() + config.norm_offset if config.norm_offset else weight
 
 
 def _opt_decoder(config: ModelConfig, packer: _Packer) -> OptDecoder:

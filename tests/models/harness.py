@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -113,7 +117,38 @@ def _scaled(**scaling: Any) -> Callable[[], PreTrainedModel]:
     return build
 
 
+_GEMMA_SIZES = _SIZES | {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 8,
+    "tie_word_embeddings": False,  # tied ones repeat themselves
+}
+
+
+def _gemma2() -> PreTrainedModel:
+    """Soft caps that bite, a window in the first and third layer, scores not scaled by the heads' size."""
+    caps = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 5.0}
+    return Gemma2ForCausalLM(Gemma2Config(**_GEMMA_SIZES, **caps, sliding_window=41))
+
+
+def _gemma3() -> PreTrainedModel:
+    """Normed queries and keys, windowed layers with a RoPE of their own."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    windows = {
+        "sliding_window": 41,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }
+    return Gemma3ForCausalLM(Gemma3TextConfig(**_GEMMA_SIZES, **windows, rope_parameters=rope))
+
+
 FAMILIES = {
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
     "llama2": _llama2,
     "llama3": _llama3,
     "llama linear": _scaled(rope_type="linear", factor=4.0),
@@ -134,8 +169,9 @@ def tiny_checkpoint(family: str, folder: Path, dtype: torch.dtype) -> PreTrained
     torch.manual_seed(7)
     model = FAMILIES[family]().eval()
     model.set_attn_implementation("eager")
+    usual_norm = 0.0 if family.startswith("gemma") else 1.0
     for name, parameter in model.named_parameters():
-        centre = 1.0 if name.endswith("norm.weight") else 0.0
+        centre = usual_norm if name.endswith("norm.weight") else 0.0
         spread = 2.0 if "embed_positions" in name else 0.15 if parameter.ndim == 2 else 0.3
         torch.nn.init.normal_(parameter.data, centre, spread)
     model.to(dtype).save_pretrained(folder)

@@ -43,6 +43,10 @@ def read(
     return ModelConfig.from_dir(folder)
 
 
+def heads_of(size: int) -> dict[str, Any]:
+    return {"head_dim": size, "attention_scale": size**-0.5}
+
+
 def ropes(config: ModelConfig) -> list[Rope | None]:
     return [layer.rope for layer in config.layers]
 
@@ -62,12 +66,19 @@ def test_what_a_plain_llama_leaves_out_has_its_makers_defaults(tmp_path: Path) -
         num_heads=4,
         num_kv_heads=4,
         head_dim=16,
+        activation="silu",
         norm_eps=1e-6,
+        norm_offset=0.0,
         max_positions=512,
+        embedding_scale=1.0,
+        attention_scale=0.25,
+        attention_softcap=None,
+        logit_softcap=None,
         qkv_bias=False,
         attention_out_bias=False,
         mlp_bias=False,
         qk_norm=False,
+        post_norms=False,
         norm_first=True,
         fused_weights=False,
         tied_embeddings=False,
@@ -79,16 +90,74 @@ def test_what_a_plain_llama_leaves_out_has_its_makers_defaults(tmp_path: Path) -
 def test_families_differ_in_biases_norms_and_head_size(tmp_path: Path) -> None:
     llama = read(tmp_path, {})
     qwen2 = replace(llama, architecture="Qwen2ForCausalLM", qkv_bias=True)
-    qwen3 = replace(llama, architecture="Qwen3ForCausalLM", qk_norm=True, head_dim=128)
+    qwen3 = replace(llama, architecture="Qwen3ForCausalLM", qk_norm=True, **heads_of(128))
     assert read(tmp_path, {}, "Qwen2ForCausalLM") == qwen2
     assert read(tmp_path, {}, "Qwen3ForCausalLM") == qwen3
     phi3 = replace(llama, architecture="Phi3ForCausalLM", fused_weights=True, norm_eps=1e-5)
     assert read(tmp_path, {}, "Phi3ForCausalLM") == phi3
     assert read(tmp_path, {"attention_bias": True}, "Phi3ForCausalLM") == phi3, "as transformers does"
     assert read(tmp_path, {"attention_bias": True}) == replace(llama, qkv_bias=True, attention_out_bias=True)
-    assert read(tmp_path, {"mlp_bias": True, "head_dim": 32}) == replace(llama, mlp_bias=True, head_dim=32)
+    assert read(tmp_path, {"mlp_bias": True, "head_dim": 32}) == replace(llama, mlp_bias=True, **heads_of(32))
     shared = read(tmp_path, {"num_key_value_heads": 2, "tie_word_embeddings": True})
     assert shared == replace(llama, num_kv_heads=2, tied_embeddings=True)
+
+
+def test_gemmas_are_read_with_their_makers_defaults(tmp_path: Path) -> None:
+    sizes = {"max_position_embeddings": 8192, "num_hidden_layers": 6, "hidden_act": "gelu_pytorch_tanh"}
+    gemma2 = read(tmp_path, sizes, "Gemma2ForCausalLM")
+    local, everywhere = LayerAttention(4096, Rope(1e4)), LayerAttention(None, Rope(1e4))
+    assert gemma2 == replace(
+        read(tmp_path, {"max_position_embeddings": 8192}),
+        architecture="Gemma2ForCausalLM",
+        layers=(local, everywhere) * 3,
+        head_dim=256,
+        activation="gelu_pytorch_tanh",
+        norm_offset=1.0,
+        embedding_scale=8.0,
+        attention_scale=1 / 16,
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        post_norms=True,
+        tied_embeddings=True,
+    )
+    assert read(tmp_path, sizes, "Gemma3ForCausalLM") == replace(
+        gemma2,
+        architecture="Gemma3ForCausalLM",
+        layers=(local,) * 5 + (LayerAttention(None, Rope(1e6)),),
+        attention_softcap=None,
+        logit_softcap=None,
+        qk_norm=True,
+    )
+    own = {"query_pre_attn_scalar": 144, "attn_logit_softcapping": 20, "final_logit_softcapping": 10.0}
+    own_scale = {"attention_scale": 1 / 12, "attention_softcap": 20.0, "logit_softcap": 10.0}
+    assert read(tmp_path, sizes | own, "Gemma2ForCausalLM") == replace(gemma2, **own_scale)
+
+
+def test_a_null_takes_away_the_soft_cap_that_gemma_2_has_by_default(tmp_path: Path) -> None:
+    text = json.dumps({"architectures": ["Gemma2ForCausalLM"], **SIZES})
+    (tmp_path / "config.json").write_text(text[:-1] + ', "attn_logit_softcapping": null}')
+    config = ModelConfig.from_dir(tmp_path)
+    assert (config.attention_softcap, config.logit_softcap) == (None, 30.0)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"rope_theta": 5e5, "rope_local_base_freq": 5e3, "rope_scaling": {"type": "linear", "factor": 8}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            }
+        },
+    ],
+    ids=["transformers 4", "transformers 5"],
+)
+def test_gemma_3_has_a_rope_for_windows_and_one_for_the_rest(tmp_path: Path, written: dict[str, Any]) -> None:
+    windows = {"sliding_window": 100, "sliding_window_pattern": 2}
+    first, second = read(tmp_path, windows | written, "Gemma3ForCausalLM").layers
+    assert first == LayerAttention(100, Rope(5e3))
+    assert second == LayerAttention(None, Rope(5e5, LinearScaling(8.0)))
 
 
 def test_opt_is_read_under_its_own_keys(tmp_path: Path) -> None:
@@ -105,6 +174,7 @@ def test_opt_is_read_under_its_own_keys(tmp_path: Path) -> None:
         embedding_size=48,
         ffn_size=96,
         layers=(LayerAttention(None, None),) * 2,
+        activation="relu",
         norm_eps=1e-5,
         qkv_bias=True,
         attention_out_bias=True,
@@ -283,8 +353,7 @@ def test_a_null_takes_away_the_window_that_mistral_has_by_default(tmp_path: Path
     [
         (
             {"architectures": ["MixtralForCausalLM"]},
-            "architecture MixtralForCausalLM is not supported; supported are LlamaForCausalLM, "
-            "MistralForCausalLM, OPTForCausalLM, Phi3ForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+            "architecture MixtralForCausalLM is not supported; supported are Gemma2ForCausalLM, Gemma3",
         ),
         ({"architectures": None}, "architectures is None; expected a list of one name"),
         (
@@ -296,6 +365,18 @@ def test_a_null_takes_away_the_window_that_mistral_has_by_default(tmp_path: Path
             "has quantization_config; quantized weights are not supported",
         ),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported; only silu is"),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "hidden_activation": "gelu"},
+            "hidden_activation gelu is not supported; only gelu_pytorch_tanh is",
+        ),
+        (
+            {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+            "use_bidirectional_attention is True; expected false: the other is not supported",
+        ),
+        (
+            {"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": 0},
+            "final_logit_softcapping is 0; expected a positive number",
+        ),
         (
             {"use_sliding_window": True, "sliding_window": 100},
             "use_sliding_window is True; expected false: layers of this architecture attend to everything",
