@@ -198,19 +198,19 @@ class Chat:
                         if isinstance(about_turn, pb.TurnDone):
                             await self._end(call, event.seq, request, about_turn)
                             self._turn_id = ""
+                            yield about_turn
+                            return
                         if about_turn is not None:
                             yield about_turn
-                        if isinstance(about_turn, pb.TurnDone):
-                            return
                 except Unavailable as error:
                     self._hang_up()
                     await wait(pauses, error)
         except (asyncio.CancelledError, GeneratorExit):
-            if self._turn_id == turn_id:
+            if self._turn_id and self._reader is reader:
                 self._give_up()
             raise
         finally:
-            if self._turn_id == turn_id:
+            if self._reader is reader:
                 self._turn_id = ""
 
     async def _end(self, call: ConverseCall, seq: int, request: pb.ClientEvent, done: pb.TurnDone) -> None:
