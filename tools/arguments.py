@@ -18,11 +18,14 @@ def model_folder(text: str) -> Path:
         raise ArgumentTypeError(f"the bundled model is missing: {path}; pass a folder")
     if path.exists():
         raise ArgumentTypeError(f"{text} is not a folder; pass the folder that holds its config.json")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        raise ArgumentTypeError(
-            f"there is no folder {text}, and hub ids are not supported yet; pass the folder of a model"
-        )
     raise ArgumentTypeError(f"there is no folder {text}; pass a folder in Hugging Face format")
+
+
+def model(text: str) -> Path | str:
+    """A folder, or a hub id as a str: what has the form org/name and is not here."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) and not Path(text).exists():
+        return text
+    return model_folder(text)
 
 
 def positive(text: str) -> int:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kernels import __version__
-from tools.arguments import BUNDLED_MODEL, memory, model_folder, positive, seconds, some_text, token_ids
+from tools.arguments import (
+    BUNDLED_MODEL,
+    memory,
+    model,
+    model_folder,
+    positive,
+    seconds,
+    some_text,
+    token_ids,
+)
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -41,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except command.EXPECTED as error:
             print(f"error: {error}", file=sys.stderr)
             return 2 if isinstance(error, command.USAGE) else 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("engine", "kernels", "rpc", "tools"):
+            raise
+        what = f"continuo {chosen.command} needs the server's packages, and {error.name} is not here"
+        print(f"error: {what}; install them with: pip install '.[server]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 1
@@ -135,16 +150,17 @@ def _declare_chat(add_command: Callable[..., Parser]) -> None:
     where(
         "model",
         nargs="?",
-        type=model_folder,
+        type=model,
         metavar="MODEL",
-        help="a folder in Hugging Face format, to be served for this chat",
+        help="a folder in Hugging Face format or a hub id like org/name, to be served for this chat",
     )
     where("--server", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help=f"that listens ({DEFAULT_ADDRESS})")
     add("--conversation", type=some_text, metavar="ID", help="go on with this conversation")
     add("--system", type=some_text, metavar="TEXT", help="system message of a new conversation")
     add("--token-file", type=Path, metavar="FILE", help="holds your bearer token, and nothing else")
     add("--tls-ca", type=Path, metavar="FILE", help="use TLS and trust this certificate authority (PEM)")
-    _declare_data_dir(parser.add_argument)
+    _declare_hub(add)
+    _declare_data_dir(add)
 
 
 def _declare_generate(add_command: Callable[..., Parser]) -> None:
@@ -181,10 +197,16 @@ def _declare_model(parser: Parser) -> None:
     parser.add_argument(
         "model",
         nargs="?",
-        type=model_folder,
+        type=model,
         metavar="MODEL",
-        help="a folder in Hugging Face format (the bundled demo model)",
+        help="a folder in Hugging Face format, or a hub id like org/name (the bundled demo model)",
     )
+    _declare_hub(parser.add_argument)
+
+
+def _declare_hub(add: Callable[..., Any]) -> None:
+    add("--revision", type=some_text, metavar="REV", help="branch, tag or commit of a hub id (main)")
+    add("--offline", action="store_true", help="take a hub id's files from the cache and ask nobody")
 
 
 def _declare_engine(parser: Parser) -> None:
@@ -218,9 +240,11 @@ def _use_environment(chosen: argparse.Namespace) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters reaches us as errors; the rest is noise
     if "data_dir" in chosen:
         chosen.data_dir = _data_dir(chosen.data_dir)
+    if getattr(chosen, "revision", None) and not isinstance(chosen.model, str):
+        raise argparse.ArgumentTypeError("--revision goes with a hub id like org/name, not with a folder")
     if "threads" in chosen:
         chosen.model = chosen.model or model_folder(str(BUNDLED_MODEL))
-        if chosen.dtype == "auto" and chosen.model.resolve() == BUNDLED_MODEL:
+        if chosen.dtype == "auto" and Path(chosen.model).resolve() == BUNDLED_MODEL:
             chosen.dtype = "float32"  # its every token is the same however the KV came about
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if chosen.threads is None and threads.isdecimal():

@@ -9,15 +9,16 @@ from argparse import Namespace
 from engine import AsyncEngine, EngineConfig, load_engine
 from engine.errors import ConfigError, EngineError, InvalidRequest
 from engine.types import Delta, GenerateRequest, SamplingParams, Tenant, TurnDone
+from tools.hub import HubError, resolve_model
 
-EXPECTED: tuple[type[Exception], ...] = (EngineError,)
+EXPECTED: tuple[type[Exception], ...] = (EngineError, HubError)
 USAGE: tuple[type[Exception], ...] = (ConfigError, InvalidRequest)
 
 
 def run(chosen: Namespace) -> int:
     logging.basicConfig(level=logging.WARNING)
     config = EngineConfig(
-        model=chosen.model,
+        model=resolve_model(chosen.model, chosen.revision, chosen.offline),
         device=chosen.device,
         dtype=chosen.dtype,
         block_size=chosen.block_size,

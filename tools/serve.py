@@ -14,10 +14,11 @@ from engine.errors import ConfigError, EngineError
 from rpc.listen import ServerOptions, check_exposure
 from rpc.server import serve
 from tools import logs
+from tools.hub import HubError, resolve_model
 
 log = logging.getLogger(__name__)
 
-EXPECTED: tuple[type[Exception], ...] = (EngineError,)
+EXPECTED: tuple[type[Exception], ...] = (EngineError, HubError)
 USAGE: tuple[type[Exception], ...] = (ConfigError,)
 SUMMARY_INTERVAL_S = 10.0
 
@@ -51,6 +52,7 @@ def run(chosen: Namespace) -> int:
         drain_grace_s=chosen.drain_grace,
     )
     check_exposure(options)  # before the model takes its time to load
+    chosen.model = resolve_model(chosen.model, chosen.revision, chosen.offline)
     engine = load_engine(engine_config(chosen))
     favour_latency()
     *lines, kernels_line = engine.description

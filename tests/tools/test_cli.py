@@ -55,7 +55,12 @@ def here(capsys, monkeypatch):
         ([], "the following arguments are required: COMMAND"),
         (["sing"], "invalid choice: 'sing'"),
         (["serve", "--sing"], "unrecognized arguments: --sing"),
-        (["serve", "no/where"], "hub ids are not supported yet; pass the folder of a model"),
+        (
+            ["serve", ".", "--revision", "v2"],
+            "--revision goes with a hub id like org/name, not with a folder",
+        ),
+        (["generate", "--prompt", "x", "--revision", "v2"], "--revision goes with a hub id"),
+        (["serve", "no/where/else"], "there is no folder no/where/else; pass a folder"),
         (["serve", "./no/where"], "there is no folder ./no/where; pass a folder in Hugging Face format"),
         (["serve", "LICENSE"], "LICENSE is not a folder; pass the folder that holds its config.json"),
         (["serve", ".", "--device-kv-memory", "4 apples"], "'4 apples' is not a size; write 512MiB, 4GiB"),
