@@ -100,8 +100,8 @@ def _cut_at_token(name: ConversationId, spans: Sequence[Span], num_tokens: int) 
     if owner is None:
         return Cut(0, 0, shortens=False, is_prefix=True)
     if not _may_cut(spans, num_tokens):
-        places = {place for s in spans for place in (s.first_token, s.first_reply_token, s.end)}
-        legal = [place for place in {0, *places} if place <= spans[-1].end and _may_cut(spans, place)]
+        edges = {edge for s in spans for edge in (s.first_token, s.first_token + 1, s.first_reply_token)}
+        legal = [place for place in edges if place <= spans[-1].end and _may_cut(spans, place)]
         before = max(place for place in legal if place < num_tokens)
         behind = min(place for place in legal if place > num_tokens)
         raise InvalidRequest(

@@ -1,5 +1,7 @@
 """Who is computed next, and what turns report of it: on the core, with the fake model."""
 
+from dataclasses import replace
+
 import pytest
 
 from engine.cache.block import BlockTable
@@ -9,7 +11,7 @@ from engine.cache.policy import lru
 from engine.conversation import Conversation, Turn, TurnState
 from engine.core import EngineCore
 from engine.scheduler import Scheduler
-from engine.types import ConversationId, FinishReason, SamplingParams, Tenant, TurnId
+from engine.types import ConversationId, FinishReason, SamplingParams, Tenant, TokenLogprobs, TurnId
 from tests.fakes import FakeClock, FakeRunner, stateless_reply
 
 BLOCK_SIZE = 4
@@ -138,3 +140,90 @@ def test_making_room_looks_only_at_conversations_that_still_hold_something() -> 
         core.manager.check()
         assert len(ranked) < 25, "one for each of the 5 blocks and of the 3 conversations that hold any"
     assert core.manager.statistics().num_evicted > 200
+
+
+def test_an_appended_history_is_computed_only_while_no_turn_wants_anything() -> None:
+    core = Core(max_step_tokens=8)
+    conversation, other = core.open(), core.open()
+    turn = core.begin(other, [9] * 20, num_new=2)
+    core.core.append(conversation, TurnId("a"), list(range(1, 31)))
+    core.finish(turn)
+    assert core.runner.num_computed == 20 + 1, "the appended tokens waited"
+    core.step(2)
+    assert core.runner.num_computed == 21 + 16
+    late = core.begin(other, [8], num_new=1)
+    core.finish(late)
+    computed = core.runner.num_computed
+    core.step(5)
+    assert core.runner.num_computed - computed == 30 - 16
+    assert core.core.step() is None
+    reply = core.finish(core.begin(conversation, [7]))
+    assert reply.reply_ids == stateless_reply([*range(1, 31), 7], 3, frozenset())
+    usage = reply.usage
+    assert usage is not None
+    assert (usage.cached_device_tokens, usage.recomputed_tokens, usage.new_tokens) == (30, 0, 1)
+
+
+def test_a_turn_takes_over_what_was_computed_ahead_of_it() -> None:
+    core = Core(max_step_tokens=8)
+    conversation = core.open()
+    core.core.append(conversation, TurnId("a"), list(range(1, 31)))
+    core.step(1)
+    reply = core.finish(core.begin(conversation, [7]))
+    usage = reply.usage
+    assert usage is not None and usage.cached_device_tokens == 8 and usage.new_tokens == 23
+    assert core.core.step() is None, "it is not computed ahead any more"
+
+
+def test_computing_ahead_evicts_nothing() -> None:
+    core = Core(num_slots=8)
+    holder, appended = core.open(), core.open()
+    core.finish(core.begin(holder, [1] * 20, num_new=1))  # 5 of 8 slots
+    core.core.append(appended, TurnId("a"), [2] * 17)  # needs 5
+    assert core.core.step() is None
+    assert core.manager.statistics().num_evicted == 0
+    core.core.append(appended, TurnId("b"), [], first_token=12)  # 3 will do
+    core.step(1)
+    assert core.runner.num_computed == 20 + 12
+    assert core.manager.num_cached(holder.table, 20) == 20
+
+
+def test_a_conversation_that_leaves_memory_is_not_computed_ahead() -> None:
+    core = Core()
+    conversation = core.open()
+    core.core.append(conversation, TurnId("a"), [1, 2, 3])
+    core.core.forget(conversation)
+    assert core.core.step() is None
+
+
+def test_a_turn_whose_next_token_depends_on_its_history_waits_until_all_of_it_is_known() -> None:
+    core = Core()
+    free, bound = core.begin(core.open(), [1, 2]), core.begin(core.open(), [3, 4])
+    bound.needs_history = True
+    first = core.core.plan()
+    second = core.core.plan()  # ahead of the first one's result
+    assert first is not None and first.turns == (free, bound)
+    assert second is not None and second.turns == (free,)
+    (draw,) = [s.draw for s in first.plan.segments if s.row == bound.row]
+    assert draw is not None and draw.history is not None
+    assert (list(draw.history), draw.num_prompt, draw.position) == ([3, 4], 2, 2)
+    for step in (first, second):
+        core.core.apply(step, core.core.execute(step))
+    assert list(draw.history) == [3, 4], "a launched step's history is never written"
+    third = core.core.plan()
+    assert third is not None and third.turns == (free, bound)
+    (draw,) = [s.draw for s in third.plan.segments if s.row == bound.row]
+    assert draw is not None and draw.history is not None
+    assert list(draw.history) == [3, 4, bound.reply_ids[0]] and draw.num_prompt == 2
+    assert next(s.draw for s in third.plan.segments if s.row == free.row).history is None  # type: ignore[union-attr]
+
+
+def test_logprobs_travel_with_their_token() -> None:
+    core = Core()
+    turn = core.begin(core.open(), [1, 2], num_new=1)
+    step = core.core.plan()
+    assert step is not None
+    result = core.core.execute(step)
+    reported = TokenLogprobs(result.sampled[turn.row], -0.5, ((3, -0.5),))
+    (event,) = core.core.apply(step, replace(result, logprobs={turn.row: reported}))
+    assert event.logprobs is reported
