@@ -13,6 +13,7 @@ Architecture = Literal[
     "Phi3ForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM",
 ]
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 
@@ -40,8 +41,9 @@ class Family:
     query_scalar: float | None = None  # its root divides the scores; None: the head's size
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    unrotated_cycle: int | None = None  # every n-th layer does not rotate, unless there is a list of them
     # Which layers see a window, if there is one and no list of types: "cyclic" leaves out every n-th.
-    windowed: Literal["none", "all", "upper", "cyclic"] = "none"
+    windowed: Literal["none", "all", "upper", "cyclic", "unrotated"] = "none"
     window_cycle: int = 1
     window: int | None = None
     switches_window: bool = False  # the window counts only under use_sliding_window
@@ -100,6 +102,14 @@ _FAMILIES: dict[Architecture, Family] = {
     ),
     "Qwen3ForCausalLM": Family(
         head_dim=128, qk_norm=True, windowed="upper", window=4096, switches_window=True
+    ),
+    "SmolLM3ForCausalLM": Family(
+        rope_theta=2000000.0,
+        tied_embeddings=True,
+        mlp_bias_key="mlp_bias",
+        unrotated_cycle=4,
+        windowed="unrotated",
+        switches_window=True,
     ),
 }
 

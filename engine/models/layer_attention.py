@@ -36,10 +36,13 @@ def read_layers(fields: Fields, family: Family) -> tuple[LayerAttention, ...]:
     types = _layer_types(fields, family, window)
     if window is not None and window >= fields.integer("max_position_embeddings"):
         window = None  # it reaches every position
-    kinds = {
-        kind: LayerAttention(None if kind == _FULL else window, _rope(fields, family, kind)) for kind in types
-    }
-    return tuple(kinds[kind] for kind in types)
+    ropes = {kind: _rope(fields, family, kind) for kind in set(types)}
+    return tuple(
+        LayerAttention(
+            window if kind == _WINDOWED else None, ropes[kind] if _is_rotated(fields, family, layer) else None
+        )
+        for layer, kind in enumerate(types)
+    )
 
 
 def _window(fields: Fields, family: Family) -> int | None:
@@ -84,9 +87,23 @@ def _layer_types(fields: Fields, family: Family, window: int | None) -> list[str
 def _is_windowed(fields: Fields, family: Family, layer: int) -> bool:
     if family.windowed == "upper":
         return layer >= fields.integer("max_window_layers", 28, at_least=0)
+    if family.windowed == "unrotated":
+        return not _is_rotated(fields, family, layer)
     if family.windowed == "cyclic":
         return (layer + 1) % fields.integer("sliding_window_pattern", family.window_cycle) != 0
     return True
+
+
+def _is_rotated(fields: Fields, family: Family, layer: int) -> bool:
+    """By a list of ones and zeros (zero: not rotated), or by a cycle."""
+    if family.unrotated_cycle is None:
+        return True
+    listed = fields.value("no_rope_layers")
+    if listed is None:
+        return (layer + 1) % fields.integer("no_rope_layer_interval", family.unrotated_cycle) != 0
+    if not isinstance(listed, list) or len(listed) <= layer or listed[layer] not in (0, 1):
+        raise fields.wrong("no_rope_layers", "a list of a 1 (rotated) or a 0 (not rotated) for each layer")
+    return bool(listed[layer])
 
 
 def _rope(fields: Fields, family: Family, kind: str) -> Rope | None:

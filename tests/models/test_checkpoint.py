@@ -13,7 +13,8 @@ from torch import Tensor
 
 from engine.errors import ConfigError, ModelFolderError
 from engine.models import load_model
-from tests.models.harness import PagedHarness, Run, tiny_checkpoint
+from tests.models.harness import PagedHarness, Run
+from tests.models.tiny_models import tiny_checkpoint
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

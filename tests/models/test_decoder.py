@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from engine.models import load_model
 from engine.models.decoder import Decoder
 from kernels.dispatch import implementation
-from tests.models.harness import FAMILIES, PagedHarness, Run, converse, speak, tiny_checkpoint
+from tests.models.harness import PagedHarness, Run, converse, speak
+from tests.models.tiny_models import FAMILIES, tiny_checkpoint
 
 REPLY_LENGTH = 64
 ROUNDING = 1e-4  # float32 logits of these models, of spread 1 or more, summed in another order
