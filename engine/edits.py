@@ -106,10 +106,9 @@ class _Row:
         first = len(self._tokens) // history.itemsize
         self._tokens = tokens
         if self.repetition != 1:
-            for token in dict.fromkeys(history[first:]):
-                if token not in self._seen:
-                    self._seen.add(token)
-                    self.seen.append(token)
+            new = [token for token in dict.fromkeys(history[first:]) if token not in self._seen]
+            self._seen.update(new)
+            self.seen.extend(new)
         if self.presence or self.frequency:
             for token in history[max(first, self.num_prompt) :]:
                 at = self._index.setdefault(token, len(self.replied))

@@ -232,6 +232,23 @@ def test_a_bad_word_is_stopped_at_its_last_token_and_only_within_the_reply(sampl
     assert banned([6, 4, 1], 0) == [3]
 
 
+def test_bad_words_are_those_of_transformers_where_all_is_reply(sampler: Sampler) -> None:
+    transformers = pytest.importorskip("transformers")
+    words = ((3,), (4, 5), (6, 4, 9), (4, 4, 4, 8))
+    processor = transformers.NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=None)
+    chance = random.Random(9)
+    num_completed = 0
+    for _ in range(60):
+        history = chance.choices((4, 4, 6), k=chance.randrange(1, 6))
+        logits = torch.randn(1, VOCAB)
+        expected = processor(torch.tensor([history]), logits.clone())
+        params = row(SamplingParams(temperature=0.0, bad_words=("x",)), history, 0, words)
+        sampler.sample(logits, {0: params})
+        assert torch.equal(logits, expected)
+        num_completed += int(torch.isinf(logits).sum()) > 2
+    assert num_completed > 5
+
+
 def test_a_bias_does_not_bring_back_what_min_tokens_holds_back(sampler: Sampler) -> None:
     sampling = SamplingParams(temperature=0.0, logit_bias=((0, 100.0), (7, 90.0), (5, 9.0)), min_tokens=1)
     assert sampler.sample(torch.zeros(1, VOCAB), {0: row(sampling)})[0] == {0: 5}
