@@ -1,7 +1,7 @@
 """Messages typed at a terminal: several lines as one message, edited and remembered by the system's readline.
 
 A terminal marks a paste for GNU readline, so its lines come as one message.  Where that is missing (libedit,
-old terminals), lines that are there at once belong together, unless they were typed while a reply was running.
+old terminals), lines that are there at once belong together, unless they were typed during a reply.
 """
 
 import json
