@@ -29,7 +29,7 @@ from engine.operations import Operations, checked_id
 from engine.registry import Registry, not_found
 from engine.sampler import Sampler
 from engine.scheduler import Step
-from engine.statistics import Statistics, summary_line
+from engine.statistics import Statistics
 from engine.step_loop import StepLoop
 from engine.text_service import TextService
 from engine.token_log import TokenLog
@@ -43,6 +43,7 @@ from engine.types import (
     FinishReason,
     ForkRequest,
     GenerateRequest,
+    Load,
     ModelInfo,
     OpenRequest,
     ResumeRequest,
@@ -77,7 +78,7 @@ class AsyncEngine:
         description: Sequence[str] = (),
     ) -> None:
         self.description = tuple(description)  # lines for people: what runs here and with how much
-        self.statistics = Statistics()
+        self._statistics = Statistics(clock.monotonic())
         self._config, self._core, self._log, self._text, self._clock = config, core, log, text, clock
         self._info = info
         self._turns = Turns(
@@ -86,6 +87,7 @@ class AsyncEngine:
             text,
             sampler,
             clock,
+            self._statistics,
             defaults,
             vocab_size=info.vocab_size,
             max_queue=config.max_queue,
@@ -183,6 +185,7 @@ class AsyncEngine:
             num_turns = len(live.turns)
             missed = await self._missed(live, after_seq)
             if self._registry.get(live.record.id) is live and num_turns == len(live.turns):
+                self._statistics.reattached()
                 return self._attach(live, missed, after_seq)
             live = await self._registry.find(tenant, request.conversation_id)
 
@@ -289,17 +292,15 @@ class AsyncEngine:
         assert self._steps.failed is not None
         return self._steps.failed
 
-    def summary(self, before: Statistics, seconds: float) -> str | None:
-        """One line about the time since `before`, or None if nothing was computed."""
-        scheduler = self._core.scheduler
-        running, waiting = len(scheduler.running), len(scheduler.waiting)
-        cache = self._core.manager.statistics()
-        return summary_line(self.statistics, before, seconds, running, waiting, cache)
+    def load(self) -> Load:
+        """What is done now, and what has been done since the start."""
+        return self._statistics.load(self._clock.monotonic(), self._core.scheduler, self._registry)
 
     # -- private
 
     def _after_step(self, step: Step, result: StepResult, events: Sequence[TokenEvent]) -> None:
-        self.statistics.count(step.plan, result)
+        turns = (event.turn for event in events)
+        self._statistics.step_done(step.plan, result, turns, self._clock.monotonic())
         self._turns.deliver(events)
 
     def _after_failure(self, error: EngineStopped) -> None:

@@ -95,7 +95,8 @@ class Attachment:
 
     async def _accept(self, request: TurnRequest | RegenerateRequest) -> None:
         self._check_held()
-        await self._turns.accept(self._live, request)
+        with self._turns.statistics.refusals():
+            await self._turns.accept(self._live, request)
         if self._live.outbox is None:  # the stream went away while the text was tokenised
             self._turns.cancel_after(self._live, self._grace_s)
 

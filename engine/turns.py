@@ -16,6 +16,7 @@ from engine.core import EngineCore, TokenEvent
 from engine.errors import AlreadyExists, EngineError, EngineStopped, NotFound, QueueFull, TurnCancelled
 from engine.live import LiveConversation, Stretch, TurnInFlight, TurnInput, replayed
 from engine.sampler import Sampler
+from engine.statistics import Statistics
 from engine.text_service import PastTurn, TextService
 from engine.token_log import TokenLog
 from engine.turn_input import TurnInputs, digest_of
@@ -51,6 +52,7 @@ class Turns:
         text: TextService,
         sampler: Sampler,
         clock: Clock,
+        statistics: Statistics,
         defaults: SamplingParams,
         *,
         vocab_size: int,
@@ -62,6 +64,7 @@ class Turns:
             log, text, sampler, defaults, vocab_size=vocab_size, context_tokens=core.context_tokens
         )
         self.stopped: EngineError | None = None  # why no turn is accepted any more
+        self.statistics = statistics
         self._log, self._text, self._clock = log, text, clock
         self._max_queue = max_queue
         self._stateless = stateless
@@ -137,6 +140,7 @@ class Turns:
             live.flight.deadline = asyncio.get_running_loop().call_later(
                 input.timeout_s, self.end, live, FinishReason.DEADLINE, True
             )
+        self.statistics.turn_accepted()
         self.wake()
 
     def _enter(
@@ -332,12 +336,14 @@ class Turns:
         live.history_rewritten = record.history_rewritten
         live.retries = False
         live.emit(self.replay(record)[-1])
+        self.statistics.turn_done(flight.turn, record)
         self._close_flight(live)
 
     def _fail(self, live: LiveConversation, error: Exception) -> None:
         assert live.flight is not None
         live.retries = True
         live.emit(TurnFailed(live.next_seq(), live.flight.turn_id, error))
+        self.statistics.turn_failed(live.flight.turn, error)
         self._close_flight(live)
 
     def _close_flight(self, live: LiveConversation) -> None:

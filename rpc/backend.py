@@ -13,6 +13,7 @@ from engine.types import (
     Delta,
     ForkRequest,
     GenerateRequest,
+    Load,
     ModelInfo,
     OpenRequest,
     Point,
@@ -113,6 +114,8 @@ class Backend(Protocol):
     async def detokenize(self, token_ids: Sequence[int], skip_special: bool) -> str: ...
 
     def model_info(self) -> ModelInfo: ...
+
+    def load(self) -> Load: ...
 
     async def drain(self, grace_s: float) -> None:
         """Refuses new turns; running ones may end until `grace_s`, then are cancelled, their text kept."""

@@ -232,6 +232,11 @@ class ContinuoClient:
         )
         return answer
 
+    async def load(self) -> pb.GetLoadResponse:
+        """What the server does now, and what it has done since its start; needs an admin token."""
+        answer: pb.GetLoadResponse = await self._call(self._engine.GetLoad, pb.GetLoadRequest())
+        return answer
+
     async def drain(self, grace_s: float | None = None) -> None:
         """Begins to shut the server down; needs an admin token."""
         await self._call(self._engine.Drain, pb.DrainRequest(grace_s=grace_s))

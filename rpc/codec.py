@@ -16,6 +16,7 @@ from engine.types import (
     ForkRequest,
     GenerateRequest,
     HistoryRewritten,
+    Load,
     Message,
     ModelInfo,
     OpenRequest,
@@ -241,6 +242,10 @@ def model_info(info: ModelInfo) -> pb.GetModelInfoResponse:
         has_chat_template=info.has_chat_template,
         limits=pb.Limits(**asdict(info.limits)),
     )
+
+
+def load(load: Load) -> pb.GetLoadResponse:
+    return pb.GetLoadResponse(**asdict(load))
 
 
 # ------------------------------------------------------------------------------------------------ parts

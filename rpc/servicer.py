@@ -106,6 +106,11 @@ class EngineServicer(pb_grpc.EngineServicer):
         async with Answering(context):
             return codec.model_info(self._backend.model_info())
 
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
+        async with Answering(context):
+            _caller(self._authenticator, context).require_admin("GetLoad")
+            return codec.load(self._backend.load())
+
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
         async with Answering(context):
             _caller(self._authenticator, context).require_admin("Drain")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from engine import AsyncEngine, EngineConfig, load_engine
 from engine.errors import ConfigError, EngineError
+from engine.statistics import summary_line
 from rpc.listen import ServerOptions, check_exposure
 from rpc.server import serve
 from tools import logs
@@ -100,11 +101,10 @@ async def _serve(engine: AsyncEngine, options: ServerOptions, until_eof: bool) -
 
 async def _report(engine: AsyncEngine) -> None:
     """One line per interval in which something was computed."""
-    clock = asyncio.get_running_loop().time
     while True:
-        before, begin = engine.statistics.snapshot(), clock()
+        before = engine.load()
         await asyncio.sleep(SUMMARY_INTERVAL_S)
-        if (line := engine.summary(before, clock() - begin)) is not None:
+        if (line := summary_line(engine.load(), before)) is not None:
             log.info("%s", line)
 
 

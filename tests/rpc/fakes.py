@@ -18,6 +18,7 @@ from engine.types import (
     GenerateRequest,
     HistoryRewritten,
     Limits,
+    Load,
     ModelInfo,
     OpenRequest,
     ReplyKind,
@@ -33,6 +34,7 @@ from engine.types import (
     TurnRequest,
     Usage,
 )
+from tests.loads import a_load
 from tests.rpc.fake_conversation import (
     CONTEXT,
     FakeAttachment,
@@ -222,6 +224,9 @@ class FakeEngine:
         limits = Limits(context_tokens=CONTEXT, max_concurrent=8, max_queue=256, max_message_bytes=64 * 2**20)
         eos = (0,)
         return ModelInfo("fake", "0.0", "fake", "Parrot", "float32", "cpu", 128, eos, True, limits)
+
+    def load(self) -> Load:
+        return a_load()
 
     async def drain(self, grace_s: float) -> None:
         self.draining = True

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig
+from engine.statistics import summary_line
 from rpc.client import ContinuoClient
+from tests.loads import a_load
 from tests.tools.conftest import ROOT, command
 from tests.tools.talking_models import REPLY
 from tools import cli, logs
@@ -307,20 +309,18 @@ def test_a_server_that_was_started_until_eof_drains_when_its_parent_is_gone(cont
     assert re.fullmatch(r"listening on 127\.0\.0\.1:\d+\n", ended.stdout)
 
 
-async def test_a_busy_server_says_what_it_did(monkeypatch, caplog):
-    class Busy:
-        class statistics:
-            snapshot = staticmethod(lambda: "before")
+async def test_a_busy_server_says_what_it_did_and_an_idle_one_nothing(monkeypatch, caplog):
+    class Engine:
+        def load(self):
+            return next(loads)
 
-        def summary(self, before, seconds):
-            assert (before, seconds > 0) == ("before", True)
-            return next(lines)
-
-    lines = iter(["3 running, 0 waiting", None, "1 running, 0 waiting"])
+    begin, busy = a_load(), a_load(uptime_s=110.0, steps=450)
+    loads = iter([begin, busy, busy, busy])
     monkeypatch.setattr(serve_command, "SUMMARY_INTERVAL_S", 0.001)
     with caplog.at_level(logging.INFO, "tools.serve"), pytest.raises(RuntimeError, match="StopIteration"):
-        await asyncio.wait_for(serve_command._report(Busy()), 5)
-    assert [record.message for record in caplog.records] == ["3 running, 0 waiting", "1 running, 0 waiting"]
+        await asyncio.wait_for(serve_command._report(Engine()), 5)
+    (record,) = caplog.records
+    assert record.message == summary_line(busy, begin)
 
 
 def test_json_logs_are_one_object_per_line_with_time_level_and_trace():
