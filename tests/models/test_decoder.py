@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from engine.models import load_model
 from engine.models.decoder import Decoder
-from kernels.dispatch import implementation
+from kernels.dispatch import implementation, use
+from tests.kernels.cases import needs_native
 from tests.models.harness import PagedHarness, Run, converse, speak
 from tests.models.tiny_models import FAMILIES, tiny_checkpoint
 
@@ -110,6 +111,19 @@ def test_a_dropped_prefix_recomputed_in_the_step_of_new_tokens_restores_the_logi
     assert harness.step(Run(0, 64, ids[64:])).isnan().any(), "the dropped block must matter"
     recomputed = harness.step(Run(0, 0, ids[:32]), Run(0, 64, ids[64:]))
     assert_same(recomputed[1:], expected)
+
+
+@needs_native
+def test_the_torch_kernels_compute_what_the_native_ones_do(pair: tuple[PreTrainedModel, Decoder]) -> None:
+    _, decoder = pair
+    ids = turns_of(10)
+    runs = Run(0, 0, ids[0]), Run(1, 0, ids[2])
+    rows = torch.arange(len(ids[0]) + len(ids[2]))
+    assert implementation() == "native"
+    native = PagedHarness(decoder).step(*runs, rows=rows)
+    with use("torch"):
+        by_torch = PagedHarness(decoder).step(*runs, rows=rows)
+    torch.testing.assert_close(by_torch, native, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("pair", ["mistral"], indirect=True)

@@ -99,6 +99,12 @@ def _qwen2_windowed() -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**_SIZES, **heads, **windows))
 
 
+def _smollm() -> PreTrainedModel:
+    """SmolLM and SmolLM2 are Llamas with three query heads to a KV head and a tied head."""
+    heads = {"hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, **heads, tie_word_embeddings=True))
+
+
 def _scaled(**scaling: Any) -> Callable[[], PreTrainedModel]:
     """A Llama whose RoPE is stretched from 128 positions."""
 
@@ -169,6 +175,7 @@ FAMILIES = {
     "qwen2": _qwen2,
     "qwen2 windowed": _qwen2_windowed,
     "qwen3": _qwen3,
+    "smollm": _smollm,
     "smollm3": _smollm3,
     "smollm3 windowed": _smollm3_windowed,
 }
