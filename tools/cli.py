@@ -75,6 +75,7 @@ def _parser() -> Parser:
     _declare_serve(commands.add_parser)
     _declare_chat(commands.add_parser)
     _declare_generate(commands.add_parser)
+    _declare_top(commands.add_parser)
     return parser
 
 
@@ -125,6 +126,18 @@ def _declare_serve(add_command: Callable[..., Parser]) -> None:
         help="seconds that running turns may go on when draining (30)",
     )
     add(
+        "--step-timeout",
+        type=seconds,
+        default=120.0,
+        metavar="S",
+        help="seconds after which a step counts as stuck: health turns off and the server ends (120)",
+    )
+    add(
+        "--metrics",
+        metavar="HOST:PORT",
+        help="serve metrics for Prometheus there, to everybody who reaches it (off)",
+    )
+    add(
         "--until-eof",
         action="store_true",
         help="drain when stdin ends; for programs that start a server of their own",
@@ -157,10 +170,24 @@ def _declare_chat(add_command: Callable[..., Parser]) -> None:
     where("--server", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help=f"that listens ({DEFAULT_ADDRESS})")
     add("--conversation", type=some_text, metavar="ID", help="go on with this conversation")
     add("--system", type=some_text, metavar="TEXT", help="system message of a new conversation")
-    add("--token-file", type=Path, metavar="FILE", help="holds your bearer token, and nothing else")
-    add("--tls-ca", type=Path, metavar="FILE", help="use TLS and trust this certificate authority (PEM)")
+    _declare_caller(add)
     _declare_hub(add)
     _declare_data_dir(add)
+
+
+def _declare_top(add_command: Callable[..., Parser]) -> None:
+    parser = add_command(
+        "top",
+        help="see what a server does",
+        description="Shows a server's turns, conversations, memory and speed until Ctrl-C. "
+        "Piped, it writes a line per interval, the first one over all since the server's start.",
+        epilog="A server with tokens shows this only to an admin.",
+    )
+    add = parser.add_argument
+    add("--server", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help=f"that listens ({DEFAULT_ADDRESS})")
+    _declare_caller(add)
+    add("--interval", type=positive, default=1, metavar="S", help="whole seconds between two looks (1)")
+    add("--once", action="store_true", help="look once, at all since the server's start")
 
 
 def _declare_generate(add_command: Callable[..., Parser]) -> None:
@@ -191,6 +218,11 @@ def _declare_generate(add_command: Callable[..., Parser]) -> None:
     add("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
     add("--ignore-eos", action="store_true", default=None, help="go on where the model would end")
     _declare_engine(parser)
+
+
+def _declare_caller(add: Callable[..., Any]) -> None:
+    add("--token-file", type=Path, metavar="FILE", help="holds your bearer token, and nothing else")
+    add("--tls-ca", type=Path, metavar="FILE", help="use TLS and trust this certificate authority (PEM)")
 
 
 def _declare_model(parser: Parser) -> None:

@@ -8,11 +8,13 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 from engine import AsyncEngine, EngineConfig, load_engine
 from engine.errors import ConfigError, EngineError
 from engine.statistics import summary_line
-from rpc.listen import ServerOptions, check_exposure
+from rpc.listen import Address, ServerOptions, check_exposure
+from rpc.metrics import serving_metrics
 from rpc.server import serve
 from tools import logs
 from tools.hub import HubError, resolve_model
@@ -39,6 +41,7 @@ def engine_config(chosen: Namespace) -> EngineConfig:
         data_dir=chosen.data_dir,
         stateless=chosen.stateless,
         threads=chosen.threads,
+        stall_s=chosen.step_timeout,
     )
 
 
@@ -53,6 +56,7 @@ def run(chosen: Namespace) -> int:
         drain_grace_s=chosen.drain_grace,
     )
     check_exposure(options)  # before the model takes its time to load
+    metrics = None if chosen.metrics is None else Address.parse(chosen.metrics)
     chosen.model = resolve_model(chosen.model, chosen.revision, chosen.offline)
     engine = load_engine(engine_config(chosen))
     favour_latency()
@@ -60,7 +64,7 @@ def run(chosen: Namespace) -> int:
     for line in (*lines, access_line(options), kernels_line):
         log.info("%s", line)
     with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
-        return runner.run(_serve(engine, options, until_eof=chosen.until_eof))
+        return runner.run(_serve(engine, options, metrics, until_eof=chosen.until_eof))
 
 
 def access_line(options: ServerOptions) -> str:
@@ -85,13 +89,18 @@ def favour_latency() -> None:
     sys.setswitchinterval(0.001)
 
 
-async def _serve(engine: AsyncEngine, options: ServerOptions, until_eof: bool) -> int:
+async def _serve(
+    engine: AsyncEngine, options: ServerOptions, metrics: Address | None, until_eof: bool
+) -> int:
     def on_ready(address: str) -> None:
         if until_eof:
             _drain_at_eof()
         print(f"listening on {address}", flush=True)
 
-    async with engine:
+    async with engine, AsyncExitStack() as stack:
+        if metrics is not None:
+            at = await stack.enter_async_context(serving_metrics(metrics, engine.load))
+            log.info("metrics on http://%s/metrics, without authentication", at)
         reporting = asyncio.create_task(_report(engine))
         try:
             return await serve(engine, options, on_ready)
