@@ -7,7 +7,9 @@ import pytest
 
 from engine import EngineConfig, load_engine
 from engine.errors import DataDirError
+from rpc._generated import continuo_pb2 as pb
 from rpc.client import (
+    AlreadyExists,
     Cancelled,
     ContinuoClient,
     FailedPrecondition,
@@ -163,3 +165,131 @@ async def test_a_disk_that_is_full_is_heard_of_in_the_turn_and_when_opening(conf
                 await client.open()
         turn = await (await client.resume(chat.id)).say("Hello", max_tokens=3, **GREEDY)
         assert len(turn.token_ids) == 3
+
+
+async def said(client, *texts, **fields):
+    """A chat in which `texts` were said, as turns t-1, t-2, ..."""
+    chat = await client.open("Be brief.", **fields)
+    for n, text in enumerate(texts, 1):
+        await chat.say(text, turn_id=f"t-{n}", max_tokens=8, **GREEDY)
+    return chat
+
+
+async def history_of(client, chat):
+    """The tokens of a conversation, and its turns."""
+    turns = (await client.get(chat.id))[1]
+    tokens: list[int] = []
+    for turn in turns:
+        del tokens[turn.first_token :]
+        tokens += [*turn.prompt_token_ids, *turn.reply_token_ids]
+    assert len(tokens) == chat.committed_tokens and len(turns) == chat.committed_turns
+    return tokens, turns
+
+
+async def assert_goes_on_as_if_it_had_always_been_so(client, chat):
+    """The next reply is the one that a stateless generation over the history gives."""
+    before, _ = await history_of(client, chat)
+    turn = await chat.say("And now?", max_tokens=8, **GREEDY)
+    _, turns = await history_of(client, chat)
+    prompt = [*before, *turns[-1].prompt_token_ids]
+    stateless = await client.generate(token_ids=prompt, max_tokens=8, **GREEDY)
+    assert turn.token_ids == stateless.token_ids
+
+
+async def test_an_append_joins_the_history_without_a_reply(client):
+    chat = await said(client, "My cat is called Miso.")
+    turn = await chat.append("Miso is five years old.", turn_id="a-1")
+    assert (turn.finish_reason, turn.text, turn.token_ids) == (FinishReason.APPENDED, "", ())
+    assert await chat.append("Miso is five years old.", turn_id="a-1") == turn
+    with pytest.raises(AlreadyExists, match="turn id a-1 was used"):
+        await chat.append("other", turn_id="a-1")
+    await assert_goes_on_as_if_it_had_always_been_so(client, chat)
+
+
+@pytest.mark.parametrize("replaces", [None, "t-2"])
+async def test_regenerate_says_the_same_again_and_answers_anew(client, replaces):
+    chat = await said(client, "one", "two", "three")
+    _, before = await history_of(client, chat)
+    turn = await chat.regenerate(replaces=replaces, turn_id="r", temperature=1.0, seed=5, max_tokens=8)
+    _, after = await history_of(client, chat)
+    replaced = before[-1] if replaces is None else before[1]
+    assert [t.turn_id for t in after] == [*(t.turn_id for t in before[: replaced.number]), "r"]
+    assert list(after[-1].prompt_token_ids) == list(replaced.prompt_token_ids)
+    assert list(after[-1].messages) == list(replaced.messages) and after[-1].reply == turn.text
+    again = await chat.regenerate(replaces=replaces, turn_id="r", temperature=1.0, seed=5, max_tokens=8)
+    assert again.token_ids == turn.token_ids and again.committed_tokens == chat.committed_tokens
+    await assert_goes_on_as_if_it_had_always_been_so(client, chat)
+
+
+async def test_rewind_cuts_behind_a_turn_or_inside_a_reply_but_in_no_message(client):
+    chat = await said(client, "one", "two", "three")
+    await chat.rewind(turns=2)
+    _, turns = await history_of(client, chat)
+    assert [turn.turn_id for turn in turns] == ["t-1", "t-2"]
+    await chat.rewind(tokens=chat.committed_tokens - 3)
+    _, turns = await history_of(client, chat)
+    assert len(turns[-1].reply_token_ids) == 5 and turns[-1].finish_reason == pb.FINISH_REASON_CANCELLED
+    with pytest.raises(InvalidArgument, match="inside") as refused:
+        await chat.rewind(tokens=turns[-1].first_token + 1)
+    assert str(turns[-1].first_token) in str(refused.value)
+    with pytest.raises(InvalidArgument, match="has 2 turns; give a number from 0 to that, not 3"):
+        await chat.rewind(turns=3)
+    await assert_goes_on_as_if_it_had_always_been_so(client, chat)
+
+
+async def test_a_fork_shares_the_past_and_nothing_else(client):
+    chat = await said(client, "one", "two", labels={"side": "a"})
+    fork = await chat.fork(turns=1, labels={"side": "b"})
+    _, mine = await history_of(client, chat)
+    _, forked = await history_of(client, fork)
+    assert forked == mine[:1]
+    conversation, _ = await client.get(fork.id)
+    assert (conversation.parent_id, conversation.forked_at) == (chat.id, fork.committed_tokens)
+    assert (dict(conversation.labels), conversation.system) == ({"side": "b"}, "Be brief.")
+    await assert_goes_on_as_if_it_had_always_been_so(client, fork)
+    await assert_goes_on_as_if_it_had_always_been_so(client, chat)
+    again = await client.fork(chat.id, new_id=fork.id, turns=1)
+    assert again.conversation_id == fork.id
+    with pytest.raises(AlreadyExists, match=fork.id):
+        await client.fork(chat.id, new_id=fork.id)
+
+
+async def test_update_holds_from_the_next_turn_on_and_after_a_restart(config):
+    async with load_engine(config) as engine, running(engine) as server:
+        async with ContinuoClient(server.address) as client:
+            chat = await client.open(max_tokens=5, **GREEDY)
+            assert len((await chat.say("one")).token_ids) == 5
+            await chat.update(labels={"a": "1"}, max_tokens=3, **GREEDY)
+            assert len((await chat.say("two")).token_ids) == 3
+    async with load_engine(config) as engine, running(engine) as server:
+        async with ContinuoClient(server.address) as client:
+            assert len((await (await client.resume(chat.id)).say("three")).token_ids) == 3
+            assert dict((await client.get(chat.id))[0].labels) == {"a": "1"}
+
+
+async def test_logprobs_are_told_for_every_token_and_fit_a_greedy_reply(client):
+    chat = await client.open()
+    turn = await chat.say("Hi", logprobs=2, max_tokens=6, **GREEDY)
+    assert [each.token_id for each in turn.logprobs] == list(turn.token_ids)
+    for each in turn.logprobs:
+        assert each.top[0].token_id == each.token_id and each.top[0].logprob == each.logprob <= 0
+        assert len(each.top) == 2 and each.top[1].logprob <= each.top[0].logprob
+    assert (await chat.say("Hi", max_tokens=6, **GREEDY)).logprobs == ()
+
+
+async def test_operations_that_cannot_be_are_refused_with_values_and_the_chat_lives_on(client):
+    chat = await client.open()
+    with pytest.raises(InvalidArgument, match=f"{chat.id} has no turn yet, so there is no reply to regen"):
+        await chat.regenerate()
+    with pytest.raises(InvalidArgument, match="token id 320 is outside the vocabulary of 320"):
+        await chat.append(token_ids=[320])
+    await chat.append(token_ids=[5, 6], turn_id="a-1")
+    with pytest.raises(InvalidArgument, match=f"turn a-1 of {chat.id} was appended and has no reply"):
+        await chat.regenerate()
+    with pytest.raises(NotFound, match=f"turn t-9 is not in {chat.id}; nothing was regenerated"):
+        await chat.regenerate(replaces="t-9")
+    with pytest.raises(InvalidArgument, match=f"{chat.id} has 2 tokens; give a number from 0 to that, not 5"):
+        await chat.rewind(tokens=5)
+    with pytest.raises(NotFound, match="there is no conversation c-404"):
+        await client.fork("c-404")
+    assert (await chat.say("Hi", max_tokens=2, **GREEDY)).finish_reason is FinishReason.LENGTH
