@@ -168,6 +168,61 @@ def test_a_resumed_chat_shows_what_was_said_and_forgets_it_for_a_new_one(
     assert chat.process.wait(timeout=20) == 0
 
 
+def test_every_operation_is_typed_behind_a_slash(serve, terminal_chat, talking_model):
+    chat = terminal_chat("--server", serve(talking_model).address)
+
+    def press(keys: str, until: str) -> str:
+        chat.until("›")
+        chat.press(f"{keys}\r")
+        typed = chat.until("\n")
+        return typed + chat.until(until)
+
+    assert REPLY in press("One.", " left")
+    assert REPLY in press("Two.", " left")
+    press("/rewind", "back to 1 turn, ")
+    assert "Two.!" in press("!", REPLY)  # what was taken back had stood there, to be edited
+    assert not re.search(r"\b0 tokens reused", press("/regenerate temperature=0", " left"))
+    press("/append Three.", "noted, without a reply")
+    press("/set temperature=0.5", "temperature=0.5")
+    press("/stats", "3 turns, ")
+    press("/fork 1", "with 2 turns of the other")
+    assert not re.search(r"\b0 tokens reused", press("Four.", " left"))
+    assert press("/list", "tokens  One.").count("turns") == 1
+    assert "One." in press("/open 2", REPLY)
+    press("/delete 1", "is erased")
+    press("/quit", "To go on: continuo chat --conversation c-")
+    assert chat.process.wait(timeout=20) == 0
+
+
+def test_a_reply_goes_on_when_the_server_comes_back(serve, terminal_chat, endless_model):
+    server = serve(endless_model)
+    chat = terminal_chat("--server", server.address)
+    chat.until("›")
+    chat.press("Go.\r")
+    chat.until("abab")
+    server.kill()
+    chat.until("the connection is lost; trying to get it back")
+    serve(endless_model, "--listen", server.address)
+    chat.until("abab")
+    chat.press("\x03")
+    chat.until("cancelled")
+
+
+def test_ctrl_c_gives_up_a_server_that_does_not_come_back(serve, terminal_chat, endless_model):
+    server = serve(endless_model)
+    chat = terminal_chat("--server", server.address)
+    chat.until("›")
+    chat.press("Go.\r")
+    chat.until("abab")
+    server.kill()
+    chat.until("the connection is lost; trying to get it back")
+    chat.press("\x03")
+    chat.until("interrupted")
+    chat.until("›")
+    chat.press("/quit\r")
+    assert chat.process.wait(timeout=20) == 0
+
+
 class SilentEditor:
     """Nobody types."""
 

@@ -47,7 +47,7 @@ async def test_each_command_is_one_operation_of_the_conversation():
 async def test_what_was_taken_back_stands_on_the_next_line_to_be_edited():
     _, screen = await chat("/open c-1", "/rewind 2")
     assert screen.suggestions == ["One."]
-    assert screen.notes[-1] == "0 turns stay, with 0 tokens"
+    assert screen.notes[-1] == "back to 0 turns, 0 tokens"
 
 
 async def test_a_file_is_told_without_asking_for_a_reply(tmp_path):

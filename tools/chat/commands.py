@@ -59,7 +59,7 @@ async def _rewind(talk: Talk, argument: str) -> None:
     stay = _turns_before(chat.committed_turns, argument or "1")
     _, turns = await talk.client.get(chat.id)
     await chat.rewind(turns=stay)
-    talk.screen.note(f"{count(stay, 'turn')} stay, with {count(chat.committed_tokens, 'token')}")
+    talk.screen.note(f"back to {count(stay, 'turn')}, {count(chat.committed_tokens, 'token')}")
     said = [message.content for message in turns[stay].messages if message.role == "user"]
     talk.screen.suggest(said[-1] if said else "")
 
