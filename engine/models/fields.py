@@ -53,10 +53,12 @@ class Fields:
         return float(value)
 
     def number_or_none(self, key: str, default: float | None) -> float | None:
-        """A positive number; here a null is no absent key: it says None, whatever the default."""
-        if self.value(key) is None and (default is None or self.has(key)):
-            return None
-        return self.number(key, default)
+        """A positive number, or None.  Here a null is no absent key: it says None, whatever the default."""
+        return None if self._says_none(key, default) else self.number(key, default)
+
+    def integer_or_none(self, key: str, default: int | None) -> int | None:
+        """The same for an integer, 1 or more."""
+        return None if self._says_none(key, default) else self.integer(key, default)
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self._present(key, default)
@@ -83,6 +85,9 @@ class Fields:
 
     def wrong(self, key: str, expected: str) -> ModelFolderError:
         return ModelFolderError(f"{self.path}: {key} is {self.value(key)!r}; expected {expected}")
+
+    def _says_none(self, key: str, default: float | None) -> bool:
+        return self.value(key) is None and (default is None or self.has(key))
 
     def _present(self, key: str, default: Any) -> Any:
         value = self._values.get(key)

@@ -46,19 +46,14 @@ def read_layers(fields: Fields, family: Family) -> tuple[LayerAttention, ...]:
 
 
 def _window(fields: Fields, family: Family) -> int | None:
-    """A null takes away the window that a missing key leaves in place."""
-    switched_on = fields.flag("use_sliding_window", default=not family.switches_window)
+    switched_on = fields.flag("use_sliding_window")
     if family.windowed == "none":
-        if switched_on and fields.has("use_sliding_window"):
-            raise fields.wrong(
-                "use_sliding_window", "false: layers of this architecture attend to everything"
-            )
+        if switched_on:
+            raise fields.wrong("use_sliding_window", "false: all layers of this architecture see everything")
         return None
-    if not switched_on and family.switches_window:
+    if family.switches_window and not switched_on:
         return None
-    if fields.value("sliding_window") is None and (family.window is None or fields.has("sliding_window")):
-        return None
-    return fields.integer("sliding_window", family.window)
+    return fields.integer_or_none("sliding_window", family.window)
 
 
 def _layer_types(fields: Fields, family: Family, window: int | None) -> list[str]:

@@ -101,7 +101,7 @@ def test_sampling_defaults_are_the_makers(
         ),
         (
             {"use_sliding_window": True, "sliding_window": 100},
-            "use_sliding_window is True; expected false: layers of this architecture attend to everything",
+            "use_sliding_window is True; expected false: all layers of this architecture see everything",
         ),
         (
             {"layer_types": [FULL, WINDOWED]},
