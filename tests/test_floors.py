@@ -202,6 +202,7 @@ def test_what_serving_imports_is_declared_and_what_is_declared_is_imported():
         ("engine.cache", {"torch", "asyncio"}),
         ("rpc.client", {"torch", "engine", "kernels", "numpy", "tokenizers", "google.rpc"}),
         ("tools.cli", {"torch"}),
+        ("tools.top", {"torch", "engine", "kernels", "numpy", "tokenizers", "google.rpc"}),
     ],
 )
 def test_a_light_module_stays_light(module, heavy):

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -178,19 +179,22 @@ async def test_an_engines_load_adds_up_to_what_its_turns_were_told() -> None:
 
 async def test_conversations_are_counted_by_what_they_do() -> None:
     engine, runner, _ = fake_engine(num_slots=64, max_concurrent=1)
+    going_on = threading.Event()
     async with engine:
         chats = [await engine.open(LOCAL, OpenRequest()) for _ in range(4)]
         chats[3].detach()
         assert engine.load().conversations == ConversationCounts(running=0, waiting=0, attached=3, idle=1)
-        for chat in chats[:2]:
-            await chat.turn(ids_turn("1", [1, 2, 3], max_tokens=900))
-            await read(chat, 2 if chat is chats[0] else 1)
+        await chats[0].turn(ids_turn("1", [1, 2, 3], max_tokens=900))
+        await read(chats[0], 2)
+        runner.before_step = lambda plan: going_on.wait(5)
+        await chats[1].turn(ids_turn("1", [1, 2, 3], max_tokens=900))
         load = engine.load()
         assert load.conversations == ConversationCounts(running=1, waiting=1, attached=1, idle=1)
         assert (load.running_turns, load.waiting_turns) == (1, 1)
         device = load.device
         assert device.total_tokens == 64 * BLOCK_SIZE
         assert device.in_use_tokens >= BLOCK_SIZE
+        going_on.set()
         assert device.in_use_tokens + device.idle_tokens + device.free_tokens == device.total_tokens
         for chat in chats[:2]:
             await chat.cancel(TurnId("1"), keep=False)
