@@ -1,11 +1,16 @@
 """What choosing tokens costs: a decode step of many conversations, plain and with every sampling feature on.
 
     python -m tools.bench_sampling [--model DIR] [--rows 64] [--context 512] [--history 2000] [--seconds 10]
+                                   [--threads 2]
 
 The model runner computes one step after another on a random model of the llama-160m shape; the time between
 logits and chosen tokens is taken inside each step, so that share and step come from the same run.  Kinds of
 sampling alternate step by step.  Rows have a KV cache of `context` tokens; penalties look at histories of
-`history` tokens, of which the last 200 are the reply, and each step appends the token that was chosen.
+`history` tokens, of which the last 200 are the reply, and each step appends the token that was chosen.  With
+one thread times are CPU time, which other work on the machine disturbs least.
+
+Random weights choose nearly at random, which is the worst case of top-p alone: it keeps, and so must sort,
+most of the vocabulary.
 """
 
 import argparse
@@ -39,6 +44,10 @@ PENALTIES = replace(PLAIN, presence_penalty=0.5, frequency_penalty=0.2, repetiti
 BAD_WORDS = 4
 
 
+def clock() -> float:
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 class TimedSampler(Sampler):
     """A sampler that remembers how long it took the last time."""
 
@@ -47,9 +56,9 @@ class TimedSampler(Sampler):
     def sample(
         self, logits: Tensor, params: Mapping[int, RowParams]
     ) -> tuple[dict[int, int], dict[int, TokenLogprobs]]:
-        begun = time.perf_counter()
+        begun = clock()
         found = super().sample(logits, params)
-        self.seconds = time.perf_counter() - begun
+        self.seconds = clock() - begun
         return found
 
 
@@ -127,9 +136,16 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     with model_of_shape(SHAPE, chosen.model) as folder:
         figures = _measure(folder, chosen.rows, chosen.context, chosen.history, chosen.seconds)
-    shown = {"kernels": dispatch.describe(), "threads": chosen.threads, "rows": chosen.rows}
-    sizes = {"context": chosen.context, "history": chosen.history}
-    print(write_result("sampling", {"shape": SHAPE, **shown, **sizes, **figures}))
+    how = {
+        "shape": SHAPE,
+        "kernels": dispatch.describe(),
+        "threads": chosen.threads,
+        "clock": "CPU time" if chosen.threads == 1 else "wall time",
+        "rows": chosen.rows,
+        "context": chosen.context,
+        "history": chosen.history,
+    }
+    print(write_result("sampling", how | figures))
 
 
 def _measure(folder: Path, num_rows: int, context: int, history: int, seconds: float) -> dict[str, Any]:
@@ -151,10 +167,12 @@ def _measure(folder: Path, num_rows: int, context: int, history: int, seconds: f
     number, end = 0, time.perf_counter() + seconds
     while number < 3 or time.perf_counter() < end:
         for name, some in rows.items():
-            step = runner.run(some.plan(number, context, slots))
-            some.take(step.sampled)
+            plan = some.plan(number, context, slots)
+            begun = clock()
+            step = runner.run(plan)
             if number:  # the first time counts whole histories
-                times[name].append((step.seconds, sampler.seconds))
+                times[name].append((clock() - begun, sampler.seconds))
+            some.take(step.sampled)
         number += 1
     return {"kinds": {name: _summary(name, taken) for name, taken in times.items()}}
 
