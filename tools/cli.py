@@ -73,6 +73,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"continuo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _declare_serve(commands.add_parser)
+    _declare_health(commands.add_parser)
     _declare_chat(commands.add_parser)
     _declare_generate(commands.add_parser)
     _declare_top(commands.add_parser)
@@ -149,6 +150,17 @@ def _declare_serve(add_command: Callable[..., Parser]) -> None:
         help="what goes to stderr (info)",
     )
     add("--log-json", action="store_true", help="one JSON object per line on stderr")
+
+
+def _declare_health(add_command: Callable[..., Parser]) -> None:
+    parser = add_command(
+        "health",
+        help="ask a server whether it can serve",
+        description="Asks a server whether it can serve. Exit: 0 it does, 1 it does not or nobody answers.",
+    )
+    add = parser.add_argument
+    add("--server", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help=f"that listens ({DEFAULT_ADDRESS})")
+    add("--tls-ca", type=Path, metavar="FILE", help="use TLS and trust this certificate authority (PEM)")
 
 
 def _declare_chat(add_command: Callable[..., Parser]) -> None:
@@ -271,7 +283,7 @@ def _use_environment(chosen: argparse.Namespace) -> None:
     """Fills in what the environment decides, and sets what gRPC and OpenMP read when they are imported."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters reaches us as errors; the rest is noise
     if "data_dir" in chosen:
-        chosen.data_dir = _data_dir(chosen.data_dir)
+        chosen.data_dir = data_dir(chosen.data_dir)
     if getattr(chosen, "revision", None) and not isinstance(chosen.model, str):
         raise argparse.ArgumentTypeError("--revision goes with a hub id like org/name, not with a folder")
     if "threads" in chosen:
@@ -285,7 +297,7 @@ def _use_environment(chosen: argparse.Namespace) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # an idle server leaves the cores to others
 
 
-def _data_dir(text: str | None) -> Path | None:
+def data_dir(text: str | None) -> Path | None:
     if text == "none":
         return None
     if text is not None:

@@ -1,9 +1,10 @@
-"""Models by their hub id: `org/name` becomes a folder in the cache that all tools of the Hugging Face Hub share.
+"""Models by their hub id: `org/name` becomes a folder in the cache that all tools of the Hugging Face Hub
+share.
 
-Only what is read is fetched: configuration, tokenizer, template and safetensors.  Whether the model can be served
-at all, and whether the disk has room for it, is known before the first weight is.  A connection that breaks is
-taken up where it broke; started again, files that are whole are kept.  The hub's address, token and cache are where
-its other tools have them: HF_ENDPOINT, HF_TOKEN, HF_HOME.
+Only what is read is fetched: configuration, tokenizer, template and safetensors.  Whether the model can be
+served, and whether the disk has room for it, is known before the first weight comes.  A connection that
+breaks is taken up where it broke; started again, files that are whole are kept.  The hub's address, token and
+cache are where its other tools have them: HF_ENDPOINT, HF_TOKEN, HF_HOME.
 """
 
 import logging
@@ -125,8 +126,8 @@ class _Hub:
         except (LocalEntryNotFoundError, HFValidationError):
             flag = "" if self.revision == constants.DEFAULT_REVISION else f" --revision {self.revision}"
             raise HubError(
-                f"{self.id} at revision {self.revision} is not, or not wholly, in {self.cache_dir}, and --offline "
-                f"asks nobody for it; fetch it once with the network: continuo serve {self.id}{flag}"
+                f"{self.id} at revision {self.revision} is not, or not wholly, in {self.cache_dir}, and "
+                f"--offline asks nobody; fetch it once with the network: continuo serve {self.id}{flag}"
             ) from None
 
     def cached_because_unreachable(self, error: Exception) -> Path:
@@ -134,8 +135,8 @@ class _Hub:
             folder = self.cached()
         except HubError:
             raise HubError(
-                f"{self.endpoint} cannot be reached ({_first_line(error)}), and {self.id} is not in {self.cache_dir}; "
-                "check the network and any proxy, or pass a folder"
+                f"{self.endpoint} cannot be reached ({_first_line(error)}), and {self.id} is not in "
+                f"{self.cache_dir}; check the network and any proxy, or pass a folder"
             ) from None
         log.warning("%s cannot be reached; serving the copy of %s that is here", self.endpoint, self.id)
         return folder
@@ -157,8 +158,8 @@ class _Hub:
         place = f"{self.endpoint}/{self.id}"
         if pickles := listing.matching(*_PICKLES):
             raise HubError(
-                f"{place} has its weights as {pickles[0]} only, a pickle: loading one can run any code, so it is "
-                "not even downloaded; use a repository with model.safetensors, or convert it"
+                f"{place} has its weights as {pickles[0]} only, a pickle: loading one can run any code, so "
+                "it is not even downloaded; use a repository with model.safetensors, or convert it"
             )
         held = ", ".join(list(listing.sizes)[:5]) or "nothing"
         raise HubError(f"{place} has no model.safetensors, so there is nothing to serve; it holds {held}")
@@ -176,8 +177,8 @@ class _Hub:
         free = free_bytes(self.cache_dir)
         if needed > free:
             raise HubError(
-                f"{self.id} needs {_size(needed)} more in {self.cache_dir}, whose disk has {_size(free)} free; "
-                "make room, or set HF_HOME to a folder on another disk"
+                f"{self.id} needs {_size(needed)} more in {self.cache_dir}, whose disk has {_size(free)} "
+                "free; make room, or set HF_HOME to a folder on another disk"
             )
 
     @contextmanager
@@ -188,8 +189,8 @@ class _Hub:
             yield
         except GatedRepoError:
             raise HubError(
-                f"{self.id} is gated: accept its conditions at {place}, set HF_TOKEN to a token of the account that "
-                f"did ({self.endpoint}/settings/tokens), and run this again"
+                f"{self.id} is gated: accept its conditions at {place}, set HF_TOKEN to a token of the "
+                f"account that did ({self.endpoint}/settings/tokens), and run this again"
             ) from None
         except RevisionNotFoundError:
             raise HubError(
@@ -197,8 +198,8 @@ class _Hub:
             ) from None
         except RepositoryNotFoundError:
             raise HubError(
-                f"there is no model {self.id} at {self.endpoint}, or it is private; check the spelling, set HF_TOKEN "
-                f"if it is private, or write ./{self.id} for a folder"
+                f"there is no model {self.id} at {self.endpoint}, or it is private; check the spelling, set "
+                f"HF_TOKEN if it is private, or write ./{self.id} for a folder"
             ) from None
         except HFValidationError as error:
             raise HubError(f"{self.id!r} is no hub id: {_first_line(error)}") from None

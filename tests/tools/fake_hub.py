@@ -15,13 +15,13 @@ MODEL = "tests/talking"
 
 @dataclass
 class FakeHub:
-    """One repository at one commit.  `breaks_at`: the first answer with this file ends after so many bytes."""
+    """One repository at one commit."""
 
     files: dict[str, bytes]
     endpoint: str = ""
     gated: bool = False  # its list of files is public, the files are not
     is_down: bool = False
-    breaks_at: dict[str, int] = field(default_factory=dict)
+    breaks_at: dict[str, int] = field(default_factory=dict)  # file -> bytes after which its first answer ends
     sent: list[tuple[str, str]] = field(default_factory=list)  # (file, range) of every GET of a file
 
     def files_sent(self) -> set[str]:

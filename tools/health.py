@@ -1,0 +1,36 @@
+"""`continuo health`: asks a server whether it can serve, as a container's health check does."""
+
+from argparse import Namespace
+
+import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+TIMEOUT_S = 3.0
+
+
+class NotServing(Exception):
+    """The server cannot serve, or nobody answers."""
+
+
+EXPECTED: tuple[type[Exception], ...] = (NotServing, OSError)
+USAGE: tuple[type[Exception], ...] = (OSError,)  # the certificate authority cannot be read
+
+
+def run(chosen: Namespace) -> int:
+    with _channel(chosen) as channel:
+        try:
+            answer = HealthStub(channel).Check(HealthCheckRequest(), timeout=TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise NotServing(f"no answer from {chosen.server}: {error.details()}") from None
+    status = HealthCheckResponse.ServingStatus.Name(answer.status)
+    if answer.status != HealthCheckResponse.SERVING:
+        raise NotServing(f"{chosen.server} is {status}")
+    print(status)
+    return 0
+
+
+def _channel(chosen: Namespace) -> grpc.Channel:
+    if chosen.tls_ca is None:
+        return grpc.insecure_channel(chosen.server)
+    return grpc.secure_channel(chosen.server, grpc.ssl_channel_credentials(chosen.tls_ca.read_bytes()))
