@@ -145,6 +145,18 @@ async def test_an_update_is_answered_while_a_turn_goes_on(wire, engine):
     assert (await wire.until("turn_done"))[-1].turn_done.turn_id == "t-1"
 
 
+async def test_an_operation_that_takes_long_holds_up_no_event(wire, engine):
+    await wire.open()
+    engine.hold(3)
+    await wire.say("Hi")
+    await engine.holding.wait()
+    engine.blocked = "update"
+    await wire.send(5, update=pb.Update(labels=pb.Labels()))
+    await engine.reached.wait()
+    engine.release()
+    assert reply_of(await wire.until("turn_done")) == "You said: Hi"
+
+
 @pytest.mark.parametrize(
     ("event", "code", "message"),
     [
