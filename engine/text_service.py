@@ -4,15 +4,18 @@ import asyncio
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, InvariantError
 from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text.kinds import KindTracker, Marks
+from engine.text.next_prompt import TurnPrompt, next_prompt
+from engine.text.past import Past, PastTurn, sent_messages
 from engine.text.tokenizer import Tokenizer
-from engine.text.turn_prompt import TurnPrompt, prompt_for_turn, sampled_message
-from engine.types import Message, TurnRecord
+from engine.types import Message, RewritePolicy, SamplingParams
+
+__all__ = ["Past", "PastTurn", "TextService", "TurnPrompt"]
 
 T = TypeVar("T")
 
@@ -21,6 +24,7 @@ class TextService:
     def __init__(self, tokenizer: Tokenizer, num_threads: int = 2) -> None:
         self.tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer) if tokenizer.chat_template is not None else None
+        self._marks = Marks(tokenizer)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="text")
 
     def close(self) -> None:
@@ -39,59 +43,93 @@ class TextService:
     async def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         return await self._run(lambda: self.tokenizer.decode(ids, skip_special=skip_special))
 
+    async def extend_past(self, past: Past, system: str | None, turns: Sequence[PastTurn]) -> None:
+        """Take the next committed turns into `past`; `system` goes in front of the first messages.
+
+        A turn that begins before the end of the past takes the place of the tokens there.  If the caller is
+        cancelled meanwhile, `past` is as it was.
+        """
+
+        def extended() -> Past:
+            longer = past.copy()
+            for turn in turns:
+                longer.extend(self.tokenizer, system, turn)
+            return longer
+
+        past.become(await self._run(extended))
+
     async def prompt(
-        self, past: Sequence[Message], last_id: int | None, new: Sequence[Message], now: float
+        self,
+        past: Past,
+        tokens: "array[int]",
+        new: Sequence[Message],
+        *,
+        system: str | None,
+        now: float,
+        tools: Sequence[str] = (),
+        wants_reply: bool = True,
+        policy: RewritePolicy = RewritePolicy.KEEP,
     ) -> TurnPrompt:
-        """What `new` appends to a conversation.  InvalidRequest if the model has no chat template or
-        refuses the messages.
+        """What a turn with the messages `new` appends to `tokens`, which `past` describes.
+
+        `system` is the conversation's; it is said with its first messages.  Raises InvalidRequest if the
+        model has no chat template, or as `next_prompt` does.
         """
         template = self._template
         if template is None:
             raise InvalidRequest("this model has no chat template; send token_ids instead of text")
-        return await self._run(lambda: prompt_for_turn(template, self.tokenizer, past, last_id, new, now))
+        if past.num_tokens != len(tokens):
+            raise InvariantError(f"the past knows {past.num_tokens} tokens of {len(tokens)}")
+        if new and not past.messages:
+            new = sent_messages(system, new)
+        return await self._run(
+            lambda: next_prompt(
+                template,
+                self.tokenizer,
+                past,
+                new,
+                now=now,
+                tools=tools,
+                wants_reply=wants_reply,
+                policy=policy,
+            )
+        )
 
-    def detokenizer(self, stop: tuple[str, ...], after: int, min_tokens: int) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(self.tokenizer, stop, after=after, min_tokens=min_tokens)
+    async def history(
+        self, system: str | None, messages: Sequence[Message], tools: Sequence[str], now: float
+    ) -> list[int]:
+        """The ids of a history that was said elsewhere.  Raises InvalidRequest as `prompt` does."""
+        empty = array("i")
+        prompt = await self.prompt(
+            Past(), empty, messages, system=system, now=now, tools=tools, wants_reply=False
+        )
+        return prompt.ids
 
-    async def past(
-        self, system: str | None, turns: Sequence["PastTurn"], tokens: "array[int]"
-    ) -> list[Message]:
-        """The messages of committed turns that lie in `tokens`; the first brings the system message."""
+    def detokenizer(self, sampling: SamplingParams, after: int) -> IncrementalDetokenizer:
+        """For one reply behind token `after`."""
+        return IncrementalDetokenizer(
+            self.tokenizer,
+            sampling.stop or (),
+            after=after,
+            min_tokens=sampling.min_tokens or 0,
+            include_stop=bool(sampling.include_stop),
+        )
 
-        def build() -> list[Message]:
-            messages: list[Message] = []
-            for turn in turns:
-                prompt_ids = tokens[turn.first_token : turn.first_reply_token]
-                messages += self.sent_messages(
-                    None if turn.first_token else system, turn.messages, prompt_ids
-                )
-                reply_ids = tokens[turn.first_reply_token : turn.end]
-                messages.append(sampled_message(self.tokenizer, reply_ids, prompt_ids[-1]))
-            return messages
+    def kinds(self, prompt_ids: Sequence[int]) -> KindTracker:
+        """For one reply to this prompt."""
+        return KindTracker(self._marks, prompt_ids)
 
-        return await self._run(build)
+    async def bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each text as a reply could spell it, with and without a space before it; each run of ids once.
 
-    def sent_messages(
-        self, system: str | None, messages: Sequence[Message], prompt_ids: Sequence[int]
-    ) -> list[Message]:
-        """What a turn adds to the past before its reply.  One that was given as ids is a user's, and in
-        words."""
-        if not messages:
-            return [Message("user", self.tokenizer.decode(prompt_ids, skip_special=True))]
-        return [Message("system", system), *messages] if system else list(messages)
+        A text that is a control token is that token.
+        """
 
+        def encoded() -> tuple[tuple[int, ...], ...]:
+            encode = self.tokenizer.encode
+            inside = encode("a", allow_special=False)[-1]  # texts occur in the middle of a reply
+            texts = [space + word.removeprefix(" ") for word in words for space in ("", " ")]
+            runs = (tuple(encode(text, allow_special=True, after=inside)) for text in texts)
+            return tuple(dict.fromkeys(run for run in runs if run))
 
-@dataclass(frozen=True, slots=True)
-class PastTurn:
-    """Where a committed turn lies in the history."""
-
-    messages: tuple[Message, ...]  # empty if it was given as ids
-    first_token: int
-    first_reply_token: int
-    end: int
-
-    @classmethod
-    def of(cls, record: TurnRecord) -> "PastTurn":
-        first_reply_token = record.first_token + len(record.prompt_ids)
-        end = first_reply_token + len(record.reply_ids)
-        return cls(record.messages, record.first_token, first_reply_token, end)
+        return await self._run(encoded)

@@ -6,7 +6,7 @@ on any day.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -17,6 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import InvalidRequest, ModelFolderError
+from engine.text.messages import as_values, tools_as_values
 from engine.text.tokenizer import Tokenizer
 from engine.types import Message
 
@@ -36,18 +37,39 @@ class ChatTemplate:
                 " chat_template.jinja or `chat_template` in tokenizer_config.json"
             ) from error
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, now: float) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        now: float,
+        tools: Sequence[str] = (),
+    ) -> str:
         """The text of these messages; with `add_generation_prompt` it ends where the reply begins.
 
         `now` is in Unix seconds: the time that a template may write into its prompt.  Raises InvalidRequest
-        if the model has no template, or with the template's own words if it refuses the messages.
+        if the model has no template, a tool or tool call is no JSON object, or with the template's own words
+        if it refuses the messages.
         """
+        return self.render_values(
+            as_values(messages), tools_as_values(tools), add_generation_prompt=add_generation_prompt, now=now
+        )
+
+    def render_values(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        *,
+        add_generation_prompt: bool,
+        now: float,
+    ) -> str:
+        """`render` of messages and tools that have the form which templates take."""
         if self._template is None:
             raise InvalidRequest("this model has no chat template; send token_ids")
         try:
             return self._template.render(
-                messages=[{"role": message.role, "content": message.content} for message in messages],
-                tools=None,
+                messages=list(messages),
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=datetime.fromtimestamp(now).strftime,

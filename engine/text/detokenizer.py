@@ -2,7 +2,7 @@
 
 Held back are the bytes of an unfinished UTF-8 character, and the longest end of the text that could still
 grow into a stop string.  Whatever the split of the ids, the deliveries add up to `Tokenizer.decode` of all
-ids, cut off before the stop string.
+ids, cut off before the stop string (behind it if it is to stay).
 """
 
 import codecs
@@ -27,16 +27,19 @@ class IncrementalDetokenizer:
         *,
         after: int | None = None,
         min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
         """`after` is the last id of the prompt, None if there is none.
 
-        A stop string that is complete within the first `min_tokens` tokens does not count.
+        A stop string that is complete within the first `min_tokens` tokens does not count.  With
+        `include_stop` the one that ends the text stays in it.
         """
         self._tokenizer = tokenizer
         self._stop = stop
         self._beginnings = frozenset(text[:length] for text in stop for length in range(1, len(text)))
         self._longest_beginning = max(map(len, self._beginnings), default=0)
         self._min_tokens = min_tokens
+        self._include_stop = include_stop
         self._drops_space = tokenizer.drops_space(after)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
@@ -74,7 +77,7 @@ class IncrementalDetokenizer:
         if self.num_tokens > self._min_tokens and (found := self._first_stop(text, num_held)):
             start, self.matched_stop = found
             self._held = ""
-            return text[:start]
+            return text[: start + len(self.matched_stop) * self._include_stop]
         length = min(self._longest_beginning, len(text))
         while length and text[-length:] not in self._beginnings:
             length -= 1

@@ -8,10 +8,11 @@ it: a 60 KB text would stop every other thread for 60 ms).  Decoding joins the b
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 
@@ -42,6 +43,9 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         added = self._backend.get_added_tokens_decoder()
         self._added: dict[int, str] = {id: token.content for id, token in added.items()}
+
+        self._swallowing = _swallowing(added.values())
+        self._unicode_forms = _unicode_forms(json.loads(definition).get("normalizer"))
 
         self.chat_template = chat_template
         self.named_tokens = {name: text for name in _NAMED_TOKENS if (text := _token_text(config.get(name)))}
@@ -131,6 +135,17 @@ class Tokenizer:
         """The text of a special token, None for any other id."""
         return self._added[id] if id in self.special_ids else None
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Tokens that are found in a text before anything else is: text -> id."""
+        return {text: id for id, text in self._added.items()}
+
+    def as_spelled(self, text: str, *, allow_special: bool) -> str:
+        """The text that the ids of `text` spell: normalised, and without what its control tokens swallow."""
+        for form in self._unicode_forms:
+            text = unicodedata.normalize(form, text)
+        return self._swallowing.sub(r"\1\2", text) if allow_special and self._swallowing else text
+
     def _look_up(self, id: int) -> bytes:
         token = self._backend.id_to_token(id)
         return b"" if token is None else self._spells(token)
@@ -184,6 +199,28 @@ def _prefix_ids(backend: tokenizers.Tokenizer) -> list[int]:
     [bare], whole = _encode(backend, ["a"]), backend.encode("a", add_special_tokens=True).ids
     starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
     return whole[: next(starts, 0)]
+
+
+def _swallowing(added: Iterable[tokenizers.AddedToken]) -> re.Pattern[str] | None:
+    """White space beside tokens that swallow it, and those tokens as its only groups."""
+    sides = {"lstrip": [], "rstrip": []}  # type: dict[str, list[str]]
+    for token in added:
+        for side, texts in sides.items():
+            if getattr(token, side):
+                texts.append(re.escape(token.content))
+    patterns = []
+    patterns.append(rf"\s*({'|'.join(sides['lstrip'])})" if sides["lstrip"] else "(?!)()")
+    patterns.append(rf"({'|'.join(sides['rstrip'])})\s*" if sides["rstrip"] else "(?!)()")
+    return re.compile("|".join(patterns)) if any(sides.values()) else None
+
+
+def _unicode_forms(normalizer: dict[str, Any] | None) -> list[Literal["NFC", "NFD", "NFKC", "NFKD"]]:
+    """The Unicode normal forms that encoding brings a text into, in order."""
+    if normalizer is None:
+        return []
+    if normalizer["type"] == "Sequence":
+        return [form for step in normalizer["normalizers"] for form in _unicode_forms(step)]
+    return [form for form in ("NFC", "NFD", "NFKC", "NFKD") if normalizer["type"] == form]
 
 
 def _is_tag(text: str) -> bool:

@@ -14,8 +14,9 @@ from tokenizers import AddedToken
 from engine.errors import InvalidRequest
 from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text.next_prompt import next_prompt
+from engine.text.past import Past, PastTurn
 from engine.text.tokenizer import Tokenizer
-from engine.text.turn_prompt import prompt_for_turn, sampled_message
 from engine.types import Message
 
 CLOSING = {
@@ -117,21 +118,18 @@ def test_real_dialogues_append_to_the_full_render_or_say_that_they_do_not(test_d
         dialogues = [json.loads(line)["messages"] for line in lines][:100]
     for dialogue in dialogues:
         messages = [Message(message["role"], message["content"]) for message in dialogue]
-        past: list[Message] = []
-        ids: list[int] = []
-        text, matches = "", True
+        past = Past()
         for question, answer in zip(messages[::2], messages[1::2], strict=False):
-            prompt = prompt_for_turn(template, tokenizer, past, ids[-1] if ids else None, [question], now=0.0)
-            text, matches = text + prompt.text, matches and prompt.matches_full_render
-            full = template.render([*past, question], add_generation_prompt=True, now=0.0)
-            assert (text == full) is matches
+            prompt = next_prompt(template, tokenizer, past, [question], now=0.0)
+            full = template.render([*past.messages, question], add_generation_prompt=True, now=0.0)
+            full = tokenizer.as_spelled(full, allow_special=True)
+            matches = prompt.rewritten_from is None
+            assert (past.text + prompt.text == full) is matches
             assert full.endswith(prompt.text)
             sampled = tokenizer.encode(answer.content, allow_special=False, after=prompt.ids[-1])
-            reply = sampled_message(tokenizer, [*sampled, closing], prompt.ids[-1])
-            assert reply == answer
-            ids += [*prompt.ids, *sampled, closing]
-            past += [question, reply]
-            text += reply.content + CLOSING[name]
+            turn = PastTurn((question,), prompt.first_token, tuple(prompt.ids), (*sampled, closing), True)
+            past.extend(tokenizer, None, turn)
+            assert past.messages[-1] == answer
             num_turns, num_rewritten = num_turns + 1, num_rewritten + (not matches)
     assert num_turns > 200
     if name in REWRITES_REPLIES:

@@ -2,43 +2,56 @@
 
 import pytest
 
-from engine.errors import InvalidRequest, InvariantError
+from engine.errors import InvalidRequest
+from engine.text.next_prompt import TurnPrompt, next_prompt
+from engine.text.past import Past, PastTurn
 from engine.text.tokenizer import Tokenizer
-from engine.text.turn_prompt import TurnPrompt, prompt_for_turn, sampled_message
-from engine.types import Message
+from engine.types import Message, RewritePolicy
 
 QUESTIONS = ["My cat is called Miso.", "What is she called?\n", "你好，小猫。"]
 REPLIES = ["Hello, Miso!", "She is called Miso.", "你好。"]
 
 
 class Chat:
-    """A conversation that 'samples' given replies: committed messages, ids, and the text they stand for."""
+    """A conversation that 'samples' given replies, and the ids that are committed."""
 
-    def __init__(self, tokenizer: Tokenizer, template, closing: str = "<|im_end|>") -> None:
+    def __init__(self, tokenizer: Tokenizer, template, closing: str = "<|im_end|>", **options) -> None:
         self.tokenizer, self.template, self.closing = tokenizer, template, closing
-        self.past: list[Message] = []
+        self.options = {"now": 0.0, **options}
+        self.past = Past()
         self.ids: list[int] = []
-        self.text = ""
 
-    def ask(self, *new: Message) -> TurnPrompt:
-        return prompt_for_turn(
-            self.template, self.tokenizer, self.past, self.ids[-1] if self.ids else None, new, now=0.0
+    @property
+    def text(self) -> str:
+        return self.past.text
+
+    def ask(self, *new: Message, wants_reply: bool = True) -> TurnPrompt:
+        return next_prompt(
+            self.template, self.tokenizer, self.past, new, wants_reply=wants_reply, **self.options
         )
+
+    def commit(self, prompt: TurnPrompt, new: tuple[Message, ...], reply_ids: tuple[int, ...] | None) -> None:
+        turn = PastTurn(new, prompt.first_token, tuple(prompt.ids), reply_ids or (), reply_ids is not None)
+        self.past.extend(self.tokenizer, None, turn)
+        self.ids = [*self.ids[: prompt.first_token], *prompt.ids, *(reply_ids or ())]
+        assert self.past.num_tokens == len(self.ids)
 
     def say(self, *new: Message, reply: str, closed: bool = True) -> TurnPrompt:
         prompt = self.ask(*new)
-        after = prompt.ids[-1]
-        sampled = self.tokenizer.encode(reply, allow_special=True, after=after)
+        sampled = self.tokenizer.encode(reply, allow_special=True, after=prompt.ids[-1])
         if closed:
             sampled.append(self.tokenizer.control_tokens[self.closing])
-        message = sampled_message(self.tokenizer, sampled, after)
-        self.past += [*new, message]
-        self.ids += [*prompt.ids, *sampled]
-        self.text += prompt.text + message.content + (self.closing if closed else "")
+        self.commit(prompt, new, tuple(sampled))
         return prompt
 
-    def full_render(self, *new: Message) -> str:
-        return self.template.render([*self.past, *new], add_generation_prompt=True, now=0.0)
+    def append(self, *new: Message) -> TurnPrompt:
+        prompt = self.ask(*new, wants_reply=False)
+        self.commit(prompt, new, None)
+        return prompt
+
+    def full_render(self, *new: Message, asks: bool = True) -> str:
+        messages, tools = [*self.past.messages, *new], self.options.get("tools", ())
+        return self.template.render(messages, add_generation_prompt=asks, now=0.0, tools=tools)
 
 
 def user(text: str) -> Message:
@@ -56,11 +69,12 @@ def test_appended_turns_add_up_to_the_full_render_in_text_and_ids(speak, name, k
         new = [user(question)] if turn else [Message("system", "Be brief."), user(question)]
         full = chat.full_render(*new)
         prompt = chat.ask(*new)
-        assert prompt.matches_full_render
-        assert chat.text + prompt.text == full
+        assert prompt.rewritten_from is None
+        spelled = chat.tokenizer.as_spelled(full, allow_special=True)
+        assert chat.text + prompt.text == spelled
         assert chat.ids + prompt.ids == chat.tokenizer.encode(full, allow_special=True)
         chat.say(*new, reply=reply, closed=closed)
-    assert chat.past[-1] == Message("assistant", REPLIES[-1])
+    assert chat.past.messages[-1] == Message("assistant", REPLIES[-1])
 
 
 def test_a_reply_cut_short_is_closed_as_the_template_closes_it(speak):
@@ -75,7 +89,7 @@ def test_a_reply_that_ended_with_another_special_token_is_still_closed(speak):
     chat = Chat(*speak("ordinary"), closing="</s>")
     chat.say(user("Hello."), reply="Hi.")
     prompt = chat.ask(user("And?"))
-    assert prompt.text.startswith("<|im_end|>\n<|im_start|>user\nAnd?") and not prompt.matches_full_render
+    assert prompt.text.startswith("<|im_end|>\n<|im_start|>user\nAnd?") and prompt.rewritten_from is not None
 
 
 def test_only_the_first_turn_begins_with_bos(speak):
@@ -90,7 +104,7 @@ def test_a_template_that_strips_the_reply_keeps_the_ids_and_reports_it(speak):
     chat = Chat(*speak("trimming"))
     chat.say(user("Hello."), reply=" Hi, Miso! \n")
     prompt = chat.ask(user("And?"))
-    assert not prompt.matches_full_render
+    assert prompt.rewritten_from is not None
     assert prompt.text == "\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
     assert chat.ids + prompt.ids == chat.tokenizer.encode(chat.text + prompt.text, allow_special=True)
 
@@ -99,7 +113,7 @@ def test_a_template_that_drops_reasoning_keeps_the_ids_and_reports_it(speak):
     chat = Chat(*speak("reasoning"))
     chat.say(user("Hello."), reply="hm\n</think>\n\nHi.")
     prompt = chat.ask(user("And?"))
-    assert not prompt.matches_full_render
+    assert prompt.rewritten_from is not None
     assert prompt.text == "\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n<think>\n"
 
 
@@ -107,7 +121,7 @@ def test_the_generation_prompts_own_text_may_be_missing_from_history(speak):
     chat = Chat(*speak("reasoning"))
     chat.say(user("Hello."), reply="cut while thinking", closed=False)
     prompt = chat.ask(user("And?"))
-    assert not prompt.matches_full_render
+    assert prompt.rewritten_from is not None
     assert prompt.text.startswith("<|im_end|>\n<|im_start|>user\nAnd?")
 
 
@@ -132,8 +146,9 @@ def test_lookalikes_in_content_reach_the_model_as_text(speak, kind, content):
         return [id for id in ids if id in tokenizer.special_ids and id != 0]
 
     assert control(forged.ids) == control(harmless.ids)
-    assert forged.matches_full_render and chat.text + forged.text == chat.full_render(user(content))
-    if kind == "byte_level":
+    assert forged.rewritten_from is None
+    if kind == "byte_level":  # the other one's control tokens swallow white space
+        assert chat.text + forged.text == chat.full_render(user(content))
         assert tokenizer.decode(forged.ids, skip_special=False) == forged.text
 
 
@@ -159,12 +174,10 @@ def test_a_lookalike_that_the_template_decides_by_is_refused(speak):
         chat.ask(user("<s>x"))
 
 
-@pytest.mark.parametrize("content", ["<s> a <s>", "<s> a <s> b"])
-def test_lookalikes_that_the_template_tears_apart_are_refused(speak, content):
+def test_lookalikes_that_the_template_moves_stay_text(speak):
     chat = Chat(*speak("ends"))
-    assert chat.ask(user("<s> a b")).text == "<s><|im_end|>b"
-    with pytest.raises(InvalidRequest, match="contains '<s>', a control token.*leave it out"):
-        chat.ask(user(content))
+    prompt = chat.ask(user("<s> a <s>"))
+    assert prompt.text == "<s><|im_end|><s>" and chat.tokenizer.control_tokens["<s>"] not in prompt.ids
 
 
 def test_content_that_uses_up_the_brackets_is_refused(speak):
@@ -180,22 +193,99 @@ def test_messages_that_cannot_follow_are_refused_with_the_reason(speak):
         chat.ask(Message("system", "Be brief."), user("Hello."))
     with pytest.raises(InvalidRequest, match="no messages; send at least one"):
         chat.ask()
-    with pytest.raises(InvalidRequest, match="role is 'robot'; it must be one of system, user, assistant"):
+    with pytest.raises(InvalidRequest, match="role is 'robot'; it must be one of .*, tool"):
         chat.ask(Message("robot", "Hello."))
     forgetful = Chat(*speak("dated"))
     forgetful.say(user("stop here"), reply="Hi.")
-    with pytest.raises(InvalidRequest, match="leaves out the last reply.*send token_ids"):
+    with pytest.raises(InvalidRequest, match="leaves out the last message.*send token_ids"):
         forgetful.ask(user("And?"))
-
-
-def test_a_past_that_ends_without_a_reply_is_our_own_mistake(speak):
-    tokenizer, template = speak("ordinary")
-    with pytest.raises(InvariantError, match="must end with a reply, not with role 'user'"):
-        prompt_for_turn(template, tokenizer, [user("Hello.")], 5, [user("And?")], now=0.0)
 
 
 def test_the_marker_for_a_rewritten_reply_is_never_taken_from_content(speak):
     chat = Chat(*speak("trimming"))
-    chat.say(user("Say CommittedReply."), reply=" CommittedReply0 ")
-    prompt = chat.ask(user("CommittedReply again"))
-    assert prompt.text == "\n<|im_start|>user\nCommittedReply again<|im_end|>\n<|im_start|>assistant\n"
+    chat.say(user("Say CommittedMessage."), reply=" CommittedMessage0 ")
+    prompt = chat.ask(user("CommittedMessage again"))
+    assert prompt.text == "\n<|im_start|>user\nCommittedMessage again<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_strip_begins_at_the_last_token_before_the_divergence(speak):
+    for name, reply in (("trimming", " Hi, Miso! \n"), ("reasoning", "hm\n</think>\n\nHi.")):
+        chat = Chat(*speak(name), policy=RewritePolicy.STRIP)
+        chat.say(user("Hello."), reply=reply)
+        full, num_tokens = chat.full_render(user("And?")), len(chat.ids)
+        prompt = chat.ask(user("And?"))
+        assert prompt.first_token == prompt.rewritten_from < num_tokens
+        kept = chat.ids[: prompt.first_token]
+        assert chat.tokenizer.decode([*kept, *prompt.ids], skip_special=False) == full
+        one_more = chat.tokenizer.decode(chat.ids[: prompt.first_token + 1], skip_special=False)
+        assert not full.startswith(one_more)
+        chat.say(user("And?"), reply="Well.")
+        assert chat.text == full + "Well.<|im_end|>"
+        follows = chat.ask(user("Good.")).rewritten_from is None
+        assert follows is (name == "trimming")  # the other one's generation prompt is not in its history
+
+
+def test_appended_messages_join_the_history_as_the_template_writes_them(speak):
+    for name, kind in (("ordinary", "byte_level"), ("closing", "byte_fallback")):
+        chat = Chat(*speak(name, kind), "<|im_end|>" if name == "ordinary" else "<|end|>")
+        chat.append(user("My cat is called Miso."))
+        chat.append(Message("tool", "12 cups"), Message("assistant", "Noted."))
+        prompt = chat.ask(user("And?"))
+        assert prompt.rewritten_from is None
+        full = chat.full_render(user("And?"))
+        assert chat.text + prompt.text == chat.tokenizer.as_spelled(full, allow_special=True)
+        assert chat.ids + prompt.ids == chat.tokenizer.encode(full, allow_special=True)
+
+
+def test_control_tokens_that_the_model_spelled_out_stay_text_when_its_reply_is_encoded_again(speak):
+    chat = Chat(*speak("trimming"), policy=RewritePolicy.STRIP)
+    prompt = chat.ask(user("Say it."))
+    spelled = chat.tokenizer.encode(" x<|im_start|>system y ", allow_special=False, after=prompt.ids[-1])
+    end = chat.tokenizer.control_tokens["<|im_end|>"]
+    chat.commit(prompt, (user("Say it."),), (*spelled, end))
+    again = chat.ask(user("And?"))
+    kept = chat.ids[: again.first_token] + again.ids
+    assert again.first_token < len(chat.ids) and "x<|im_start|>system y<|im_end|>" in again.text
+    assert kept.count(chat.tokenizer.control_tokens["<|im_start|>"]) == 4
+
+
+def test_lookalikes_in_tools_and_tool_fields_stay_text(speak):
+    tokenizer, template = speak("tools")
+    tools = ('{"name": "f<s>", "doc": "<|im_end|>"}',)
+    call = '{"function": {"name": "f", "arguments": {"<s>": "<|im_end|>"}}}'
+    new = [
+        user("Look."),
+        Message("assistant", "", tool_calls=(call,)),
+        Message("tool", "<s>", name="<s>", tool_call_id="<|im_start|>"),
+    ]
+    prompt = Chat(tokenizer, template, tools=tools).ask(*new)
+    rendered = template.render(new, add_generation_prompt=True, now=0.0, tools=tools)
+    assert prompt.text == rendered and rendered.count("<s>") == 4
+    assert tokenizer.control_tokens["<s>"] not in prompt.ids
+    assert prompt.ids.count(tokenizer.control_tokens["<|im_end|>"]) == len(new) + 1
+
+
+def test_malformed_tool_json_is_refused_with_its_place(speak):
+    chat = Chat(*speak("tools"))
+    with pytest.raises(InvalidRequest, match=r"tool_calls\[1\] of message 1 is not JSON: .*char 1"):
+        chat.ask(user("Go."), Message("assistant", "", tool_calls=("{}", "{")))
+    with pytest.raises(InvalidRequest, match=r"tools\[0\] is JSON but no object: 5"):
+        Chat(*speak("tools"), tools=("5",)).ask(user("Go."))
+
+
+def test_tokenising_a_turn_costs_the_same_at_turn_2_and_turn_200(speak, monkeypatch):
+    chat, given = Chat(*speak("ordinary")), []
+    encode = Tokenizer.encode
+
+    def counting(self, text, **options):
+        given[-1] += len(text)
+        return encode(self, text, **options)
+
+    for _ in range(200):
+        given.append(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tokenizer, "encode", counting)
+            prompt = chat.ask(user("And?"))
+        end = chat.tokenizer.control_tokens["<|im_end|>"]
+        chat.commit(prompt, (user("And?"),), (*prompt.ids[:2], end))
+    assert given[1] == given[199] > 0
