@@ -1,20 +1,16 @@
-"""The server that a command talks to: its address, the caller's token, the authorities to trust."""
+"""What a command needs to talk to a server: the caller's token, and whom to trust."""
 
-import argparse
+from argparse import Namespace
 from pathlib import Path
-
-from rpc.client import ContinuoClient
 
 
 class UsageError(Exception):
     """An argument that cannot work."""
 
 
-def client_of(chosen: argparse.Namespace) -> ContinuoClient:
-    """By `server`, `token_file` and `tls_ca`.  Raises UsageError; connects when it is first used."""
-    return ContinuoClient(
-        chosen.server, token=_token(chosen.token_file), tls=_readable(chosen.tls_ca) or False, retry=False
-    )
+def credentials(chosen: Namespace) -> tuple[str | None, Path | bool]:
+    """The `token` and the `tls` of a client, by the arguments token_file and tls_ca.  Raises UsageError."""
+    return _token(chosen.token_file), _readable(chosen.tls_ca) or False
 
 
 def _token(path: Path | None) -> str | None:

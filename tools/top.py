@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Sequence
 from typing import TypeVar
 
 from rpc._generated import continuo_pb2 as pb
-from rpc.client import ContinuoError, Unauthenticated, Unavailable
-from tools.connection import UsageError, client_of
+from rpc.client import ContinuoClient, ContinuoError, Unauthenticated, Unavailable
+from tools.connection import UsageError, credentials
 from tools.top_view import line, page, since_start
 
 ANSWER_S = 5.0
@@ -40,7 +40,8 @@ def run(chosen: Namespace) -> int:
 async def watch(chosen: Namespace) -> None:
     """Until the first look if `once`; else until the server is gone or, on a terminal, forever."""
     is_terminal = sys.stdout.isatty()
-    async with client_of(chosen) as client:
+    token, tls = credentials(chosen)
+    async with ContinuoClient(chosen.server, token=token, tls=tls) as client:
         name = (await _answer(client.model_info(), chosen.server)).name
         view = Page(f"{name} at {chosen.server}") if is_terminal else Lines()
         seen: deque[pb.GetLoadResponse] = deque(maxlen=NUM_INTERVALS if is_terminal else 1)
