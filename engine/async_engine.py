@@ -149,8 +149,7 @@ class AsyncEngine:
         if live is None:
             turns = [] if first is None else [first]
             live = self._registry.keep(self._registry.new(record, turns, was_computed=False))
-            self._core.compute_when_idle(live.core)
-            self._steps.wake()
+            self._turns.compute_when_idle(live)
         return self._attach(live, [], live.seq)
 
     async def fork(self, tenant: Tenant, request: ForkRequest) -> ConversationRecord:

@@ -124,7 +124,6 @@ class EngineCore:
         turn = self._new_turn(conversation, turn_id, prompt_ids, SamplingParams(), 0, first_token, room_for=0)
         turn.state, turn.finish_reason = TurnState.FINISHED, FinishReason.APPENDED
         conversation.end(0)
-        self.compute_when_idle(conversation)
         return turn
 
     def finish(self, turn: Turn, reason: FinishReason, num_reply_kept: int | None) -> None:

@@ -17,7 +17,7 @@ from typing import Protocol
 from engine.conversation import Conversation, Turn
 from engine.errors import Conflict
 from engine.text.detokenizer import IncrementalDetokenizer
-from engine.text_service import PastTurn
+from engine.text_service import Past, PastTurn
 from engine.types import (
     ConversationEvent,
     ConversationRecord,
@@ -137,7 +137,7 @@ class LiveConversation:
     core: Conversation
     turns: dict[TurnId, bytes]  # digest of each committed turn's request
     seq: int  # of the last event
-    past: list[Message] = field(default_factory=list)  # what the chat template is given
+    past: Past = field(default_factory=Past)  # what the next prompt follows
     not_in_past: list[PastTurn] = field(default_factory=list)  # joins it when a template is next rendered
     knows_past: bool = True  # False: the turns of the log are not in either
     is_logged: bool = True
@@ -180,7 +180,7 @@ class LiveConversation:
         """Turns from number `num_turns` on are not in the history any more."""
         for turn_id in list(self.turns)[num_turns:]:
             del self.turns[turn_id]
-        self.past, self.knows_past = [], not self.is_logged
+        self.past, self.knows_past = Past(), not self.is_logged
         self.not_in_past.clear()
 
     def next_seq(self) -> int:

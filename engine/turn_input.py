@@ -3,16 +3,15 @@
 import asyncio
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
-from engine import interim_text
 from engine.errors import ContextOverflow, InvalidRequest, NotFound
 from engine.history import tokens_of
 from engine.live import LiveConversation, TurnInput
 from engine.sampler import Sampler
-from engine.text_service import PastTurn, TextService
+from engine.text_service import PastTurn, TextService, TurnPrompt
 from engine.token_log import TokenLog
 from engine.types import (
     ConversationRecord,
@@ -32,13 +31,6 @@ HISTORY = TurnId("history")
 """The turn that holds what was said before a conversation was opened."""
 HISTORY_SEQ = 2
 """Of its `TurnDone`: 1 is that it was accepted."""
-
-
-@dataclass
-class _Prompt:
-    ids: list[int]
-    first_token: int
-    rewritten_from: int | None
 
 
 class TurnInputs:
@@ -76,7 +68,7 @@ class TurnInputs:
 
     async def of_history(self, record: ConversationRecord, messages: tuple[Message, ...]) -> TurnRecord:
         """The first turn of a conversation that begins with `messages`.  InvalidRequest, ContextOverflow."""
-        ids = await interim_text.history(self._text, record.system, messages, record.tools, record.created_at)
+        ids = await self._text.history(record.system, messages, record.tools, record.created_at)
         if len(ids) > self._context_tokens:
             raise ContextOverflow(
                 f"the history has {len(ids)} tokens and the context {self._context_tokens}; shorten it"
@@ -127,18 +119,25 @@ class TurnInputs:
             rewritten_from=rewritten_from,
         )
 
-    async def _prompt(self, live: LiveConversation, request: TurnRequest) -> _Prompt:
-        system = live.record.system
+    async def _prompt(self, live: LiveConversation, request: TurnRequest) -> TurnPrompt:
+        record, past = live.record, live.past
+        turns = live.not_in_past
         if not live.knows_past:
-            live.not_in_past += map(PastTurn.of, await self.committed_turns(live))
-            live.knows_past = True
-        if live.not_in_past:
-            live.past += await self._text.past(system, tuple(live.not_in_past), live.core.tokens[:])
-            live.not_in_past.clear()
-        last_id = live.core.tokens[-1] if live.core.tokens else None
-        new = self._text.sent_messages(None if live.turns else system, request.messages, ())
-        prompt = await self._text.prompt(live.past, last_id, new, live.record.created_at)
-        return _Prompt(prompt.ids, len(live.core.tokens), None if prompt.matches_full_render else 0)
+            turns = [PastTurn.of(turn) for turn in await self.committed_turns(live)]
+        if turns:
+            await self._text.extend_past(past, record.system, tuple(turns))
+        live.not_in_past.clear()
+        live.knows_past = True
+        return await self._text.prompt(
+            past,
+            live.core.tokens[:],
+            request.messages,
+            system=record.system,
+            now=record.created_at,
+            tools=record.tools,
+            wants_reply=request.wants_reply,
+            policy=record.on_rewrite,
+        )
 
     async def _again(
         self, live: LiveConversation, request: RegenerateRequest, sampling: SamplingParams

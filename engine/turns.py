@@ -10,7 +10,6 @@ from concurrent.futures import Future as ThreadFuture
 from dataclasses import replace
 from itertools import groupby
 
-from engine import interim_text
 from engine.conversation import Turn, common_length
 from engine.core import EngineCore, TokenEvent
 from engine.errors import AlreadyExists, EngineError, EngineStopped, NotFound, QueueFull, TurnCancelled
@@ -119,22 +118,25 @@ class Turns:
     async def _begin(self, live: LiveConversation, request: TurnRequest | RegenerateRequest) -> None:
         created_at = self._clock.wall()
         input = await self.inputs.of(live, request)
-        bad_word_ids = await interim_text.bad_word_ids(self._text, input.sampling.bad_words or ())
+        words = input.sampling.bad_words
+        bad_word_ids = await self._text.bad_word_ids(words) if words else ()
         if live.is_deleted:
             raise NotFound(f"conversation {live.record.id} was deleted")
         self._check_room(request)
-        position, num_committed = self.core.scheduler.num_waiting, len(live.core.tokens)
+        position = self.core.scheduler.num_waiting if input.wants_reply else 0
+        num_committed = len(live.core.tokens)
         turn = self._enter(live, input, bad_word_ids)
-        detokenizer = interim_text.detokenizer(self._text, input.sampling, input.prompt_ids[-1])
-        kinds = interim_text.kinds(self._text, input.prompt_ids)
+        detokenizer = self._text.detokenizer(input.sampling, input.prompt_ids[-1])
+        kinds = self._text.kinds(input.prompt_ids)
         live.flight = TurnInFlight(turn, input, detokenizer, kinds, created_at, num_committed)
         self._in_flight[turn.row] = live
         live.journal.clear()
-        live.emit(TurnAccepted(live.next_seq(), input.turn_id, position * input.wants_reply, live.retries))
+        live.emit(TurnAccepted(live.next_seq(), input.turn_id, position, live.retries))
         if (first := input.rewritten_from) is not None:
             policy, seq = live.record.on_rewrite, live.next_seq()
             live.emit(HistoryRewritten(seq, input.turn_id, first, num_committed - first, policy))
         if not input.wants_reply:
+            self.compute_when_idle(live)
             self._conclude(live, FinishReason.APPENDED)
         elif input.timeout_s is not None:
             live.flight.deadline = asyncio.get_running_loop().call_later(
@@ -142,6 +144,12 @@ class Turns:
             )
         self.statistics.turn_accepted()
         self.wake()
+
+    def compute_when_idle(self, live: LiveConversation) -> None:
+        """Compute what was appended before a turn asks for it."""
+        if not self._stateless:
+            self.core.compute_when_idle(live.core)
+            self.wake()
 
     def _enter(
         self, live: LiveConversation, input: TurnInput, bad_word_ids: tuple[tuple[int, ...], ...]
@@ -178,13 +186,13 @@ class Turns:
         """The reply by kinds of text, at least one unless there was no reply to give."""
         if record.finish_reason is FinishReason.APPENDED:
             return []
-        kinds = interim_text.kinds(self._text, record.prompt_ids)
+        kinds = self._text.kinds(record.prompt_ids)
         stretches = [(kind, tuple(ids)) for kind, ids in groupby(record.reply_ids, kinds.push)]
         if len(stretches) < 2:
             kind = stretches[0][0] if stretches else ReplyKind.TEXT
             return [Stretch(record.reply_ids, record.reply_text, kind)]
         detokenizer, rest = (
-            interim_text.detokenizer(self._text, SamplingParams(), record.prompt_ids[-1]),
+            self._text.detokenizer(SamplingParams(), record.prompt_ids[-1]),
             record.reply_text,
         )
         parts = []

@@ -96,12 +96,23 @@ CHAT_TEMPLATE = (
 )
 
 
+RETELLING_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{ message.content }}", "{{ '~' if message.role == 'assistant' else '' }}{{ message.content }}"
+)
+"""Marks past replies, so that no reply stands in the past as it was sampled."""
+
+MARKED_TEMPLATE = CHAT_TEMPLATE + "{# <think> </think> #}"
+"""Knows the marks of reasoning."""
+
+
 @functools.cache
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer(template: str = CHAT_TEMPLATE) -> Tokenizer:
     """Every byte is a token; `<|im_end|>` ends a reply."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE({char: id for id, char in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return Tokenizer(backend.to_str(), {"eos_token": "<|im_end|>"}, CHAT_TEMPLATE)
+    if template == MARKED_TEMPLATE:
+        backend.add_tokens(["<think>", "</think>"])
+    return Tokenizer(backend.to_str(), {"eos_token": "<|im_end|>"}, template)

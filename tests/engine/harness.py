@@ -30,7 +30,7 @@ from engine.types import (
     TurnId,
     TurnRequest,
 )
-from tests.fakes import FakeRunner, byte_tokenizer
+from tests.fakes import CHAT_TEMPLATE, FakeRunner, byte_tokenizer
 
 LOCAL = Tenant("local")
 BLOCK_SIZE = 16
@@ -55,6 +55,7 @@ def fake_engine(
     num_slots: int = 64,
     fingerprint: str = "fake",
     eos_ids: frozenset[int] = frozenset({IM_END}),
+    template: str = CHAT_TEMPLATE,
     **settings: object,
 ) -> tuple[AsyncEngine, WatchedRunner, KVCacheManager]:
     config = EngineConfig(Path("fake"), block_size=BLOCK_SIZE, data_dir=data_dir, **settings)  # type: ignore[arg-type]
@@ -65,7 +66,7 @@ def fake_engine(
     scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent)
     core = EngineCore(manager, scheduler, runner, clock, eos_ids, context)
     limits = Limits(context, config.max_concurrent, config.max_queue, 1 << 20)
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(template)
     info = ModelInfo("fake", "0", fingerprint, "Fake", "int64", "cpu", VOCAB, tuple(eos_ids), True, limits)
     engine = AsyncEngine(
         config,

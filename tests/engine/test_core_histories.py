@@ -101,6 +101,7 @@ class Histories(RuleBasedStateMachine):
             assert first + len(prompt) > CONTEXT
         else:
             assert list(conversation.tokens) == before[:first] + prompt
+            self.core.compute_when_idle(conversation)
             self.before[turn], self.commits = before, commits
             self.commit(turn)
 

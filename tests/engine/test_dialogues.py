@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from engine.config import EngineConfig
 from engine.loader import load_engine
 from engine.text.chat_template import ChatTemplate
+from engine.text.past import sampled_message
 from engine.text.tokenizer import Tokenizer
-from engine.text.turn_prompt import sampled_message
 from engine.types import Message, OpenRequest, SamplingParams, TurnId, TurnRequest
 from tests.engine.harness import LOCAL, say
 from tests.text.conftest import SPECIMENS, train_byte_fallback, train_byte_level

@@ -34,6 +34,10 @@ class Core:
         sampling = SamplingParams(max_tokens=num_new)
         return self.core.begin(conversation, TurnId("t"), prompt, sampling, seed=0)
 
+    def append(self, conversation: Conversation, ids: list[int], first_token: int | None = None) -> None:
+        self.core.confirm(self.core.append(conversation, TurnId("a"), ids, first_token=first_token))
+        self.core.compute_when_idle(conversation)
+
     def step(self, times: int) -> None:
         for _ in range(times):
             self.core.step()
@@ -146,7 +150,7 @@ def test_an_appended_history_is_computed_only_while_no_turn_wants_anything() -> 
     core = Core(max_step_tokens=8)
     conversation, other = core.open(), core.open()
     turn = core.begin(other, [9] * 20, num_new=2)
-    core.core.append(conversation, TurnId("a"), list(range(1, 31)))
+    core.append(conversation, list(range(1, 31)))
     core.finish(turn)
     assert core.runner.num_computed == 20 + 1, "the appended tokens waited"
     core.step(2)
@@ -167,7 +171,7 @@ def test_an_appended_history_is_computed_only_while_no_turn_wants_anything() -> 
 def test_a_turn_takes_over_what_was_computed_ahead_of_it() -> None:
     core = Core(max_step_tokens=8)
     conversation = core.open()
-    core.core.append(conversation, TurnId("a"), list(range(1, 31)))
+    core.append(conversation, list(range(1, 31)))
     core.step(1)
     reply = core.finish(core.begin(conversation, [7]))
     usage = reply.usage
@@ -179,10 +183,10 @@ def test_computing_ahead_evicts_nothing() -> None:
     core = Core(num_slots=8)
     holder, appended = core.open(), core.open()
     core.finish(core.begin(holder, [1] * 20, num_new=1))  # 5 of 8 slots
-    core.core.append(appended, TurnId("a"), [2] * 17)  # needs 5
+    core.append(appended, [2] * 17)  # needs 5
     assert core.core.step() is None
     assert core.manager.statistics().num_evicted == 0
-    core.core.append(appended, TurnId("b"), [], first_token=12)  # 3 will do
+    core.append(appended, [], first_token=12)  # 3 will do
     core.step(1)
     assert core.runner.num_computed == 20 + 12
     assert core.manager.num_cached(holder.table, 20) == 20
@@ -191,7 +195,7 @@ def test_computing_ahead_evicts_nothing() -> None:
 def test_a_conversation_that_leaves_memory_is_not_computed_ahead() -> None:
     core = Core()
     conversation = core.open()
-    core.core.append(conversation, TurnId("a"), [1, 2, 3])
+    core.append(conversation, [1, 2, 3])
     core.core.forget(conversation)
     assert core.core.step() is None
 
