@@ -267,6 +267,15 @@ async def test_update_holds_from_the_next_turn_on_and_after_a_restart(config):
             assert dict((await client.get(chat.id))[0].labels) == {"a": "1"}
 
 
+async def test_a_history_from_elsewhere_is_turn_0(client):
+    history = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    chat = await client.open("Be brief.", history=history)
+    _, (turn,) = await history_of(client, chat)
+    assert (turn.turn_id, turn.finish_reason, turn.reply) == ("history", pb.FINISH_REASON_APPENDED, "")
+    assert [(m.role, m.content) for m in turn.messages] == [("user", "Hi"), ("assistant", "Hello.")]
+    await assert_goes_on_as_if_it_had_always_been_so(client, chat)
+
+
 async def test_logprobs_are_told_for_every_token_and_fit_a_greedy_reply(client):
     chat = await client.open()
     turn = await chat.say("Hi", logprobs=2, max_tokens=6, **GREEDY)
@@ -292,4 +301,6 @@ async def test_operations_that_cannot_be_are_refused_with_values_and_the_chat_li
         await chat.rewind(tokens=5)
     with pytest.raises(NotFound, match="there is no conversation c-404"):
         await client.fork("c-404")
+    with pytest.raises(InvalidArgument, match="tool_calls"):
+        await chat.append(messages=[{"role": "assistant", "content": "", "tool_calls": ["no object"]}])
     assert (await chat.say("Hi", max_tokens=2, **GREEDY)).finish_reason is FinishReason.LENGTH
