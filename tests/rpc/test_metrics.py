@@ -1,14 +1,17 @@
 """What Prometheus reads, as its own parser understands it."""
 
 import asyncio
+import re
 import socket
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import rpc.metrics
 from engine.errors import ConfigError
 from rpc.listen import Address
 from rpc.metrics import serving_metrics
@@ -80,6 +83,16 @@ async def test_buckets_of_a_histogram_hold_the_ones_before() -> None:
         bounds = ("0.01", "0.1", "1.0", "+Inf")
         assert tuple(found[f"{name}_bucket le={bound}"] for bound in bounds) == cumulative, name
         assert (found[f"{name}_count"], found[f"{name}_sum"]) == (cumulative[-1], total), name
+
+
+async def test_the_readme_names_every_metric_and_no_other() -> None:
+    readme = Path(rpc.metrics.__file__).with_name("README.md").read_text()
+    (table,) = re.findall(r"^\| `continuo:.*?\n\n", readme, re.MULTILINE | re.DOTALL)
+    rows = [row.split("|")[1] for row in table.splitlines()[2:] if row]
+    async with serving_metrics(ANY_PORT, a_load) as address:
+        found = await scrape(address)
+    served = {re.sub(r"_(bucket|sum|count)$", "", name.split()[0]) for name in found}
+    assert served == set(re.findall(r"`(\w+)`", "".join(rows)))
 
 
 async def test_each_scrape_takes_a_new_snapshot_on_the_event_loop() -> None:
