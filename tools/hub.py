@@ -69,7 +69,7 @@ def resolve_model(
     with hub.explained_errors():
         try:
             listing = hub.listing()
-        except (httpx2.TransportError, httpx2.TimeoutException) as error:
+        except httpx2.TransportError as error:
             return hub.cached_because_unreachable(error)
         return hub.fetch(listing, free_bytes or _free_bytes)
 

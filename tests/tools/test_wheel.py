@@ -13,6 +13,7 @@ import pytest
 from tests.tools.conftest import ROOT
 from tests.tools.talking_models import REPLY
 
+CLIENT_PACKAGES = {"continuo", "grpcio", "protobuf", "typing_extensions"}
 CLIENT_ONLY = """
 import sys
 from importlib.abc import MetaPathFinder
@@ -107,3 +108,21 @@ def test_serving_from_a_client_only_installation_says_what_to_install(installed)
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: continuo serve needs the server's packages, and ")
     assert line.endswith(" is not here; install them with: pip install '.[server]'")
+
+
+@pytest.mark.heavy
+def test_pip_installs_a_client_that_chats_and_brings_no_torch(serve, talking_model, wheel, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    commands, constraints = tmp_path / "venv" / "bin", str(ROOT / "tools/constraints.txt")
+    pip = [str(commands / "pip"), "install", "--quiet", "--disable-pip-version-check", "-c", constraints]
+    done = subprocess.run([*pip, str(wheel)], cwd=tmp_path, capture_output=True, text=True)
+    if re.search("connection broken|Could not find a version", done.stderr):
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr
+
+    brought = {path.name for path in (tmp_path / "venv").glob("lib/*/site-packages/*.dist-info")}
+    assert {name.partition("-")[0] for name in brought} <= CLIENT_PACKAGES | {"pip", "setuptools"}
+    server = serve(talking_model)
+    chat = [str(commands / "continuo"), "chat", "--server", server.address]
+    said = subprocess.run(chat, cwd=tmp_path, input="Hello.\n", capture_output=True, text=True, timeout=60)
+    assert (said.returncode, said.stdout.strip()) == (0, REPLY), said.stderr
