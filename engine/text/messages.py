@@ -81,8 +81,8 @@ class Shield:
 
         Raises InvalidRequest if no two characters are left for brackets.
         """
-        texts = [text for message in messages for text in _strings(message)] + list(_strings(tools))
-        unused = [char for char in _NONCHARACTERS if not any(char in text for text in texts)]
+        texts = "".join([text for message in messages for text in _strings(message)] + [*_strings(tools)])
+        unused = [char for char in _NONCHARACTERS if char not in texts]
         if len(unused) < 2:
             raise InvalidRequest(
                 "the messages hold nearly all of the noncharacters U+FDD0 to U+FDEF; drop some"
