@@ -181,9 +181,9 @@ class AsyncEngine:
             raise Conflict(f"{found}; resume without an expectation and read what is new")
         after_seq = request.after_seq if request.after_seq is not None else live.journal_start
         while True:
-            num_turns = len(live.turns)
+            turns = tuple(live.turns)
             missed = await self._missed(live, after_seq)
-            if self._registry.get(live.record.id) is live and num_turns == len(live.turns):
+            if self._registry.get(live.record.id) is live and turns == tuple(live.turns):
                 self._statistics.reattached()
                 return self._attach(live, missed, after_seq)
             live = await self._registry.find(tenant, request.conversation_id)

@@ -89,6 +89,9 @@ class EngineCore:
         self._num_rows += 1
         self.scheduler.compute_when_idle(conversation, self._num_rows)
 
+    def context_left(self, conversation: Conversation) -> int:
+        return self.context_tokens - len(conversation.tokens)
+
     # -- turns
 
     def begin(

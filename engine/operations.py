@@ -84,8 +84,7 @@ class Operations:
             self._core.rewind(live.core, tokens)
             live.keep_turns(history.num_turns)
             live.history_rewritten = history.history_rewritten
-        left = self._core.context_tokens - live.committed_tokens
-        return Standing(live.committed_tokens, len(live.turns), left)
+        return Standing(live.committed_tokens, len(live.turns), self._core.context_left(live.core))
 
     def _updated(self, live: LiveConversation, request: UpdateRequest, done: "ThreadFuture[None]") -> None:
         done.result()

@@ -76,7 +76,7 @@ def stateless_reply(decoder: Decoder, history: Sequence[int], like: Turn) -> lis
 
 
 class Histories:
-    """Seeded random turns, cancels and pauses of four conversations; `disturb` is called between steps."""
+    """Seeded random operations on four conversations; `disturb` is called between steps."""
 
     def __init__(self, decoder: Decoder, run_ahead: int, disturb: Callable[[Engine], None]) -> None:
         self.decoder, self.run_ahead, self.disturb = decoder, run_ahead, disturb
@@ -105,16 +105,35 @@ class Histories:
             self.engine.core.forget(conversation)
             conversation = self.engine.open(SYSTEM)
         temperature = self.random.choice([0.0, 1.0])
-        sampling = SamplingParams(temperature=temperature, max_tokens=num_new)
-        history = [*conversation.tokens, *prompt]
-        turn = self.engine.core.begin(conversation, TurnId("t"), prompt, sampling, seed)
+        penalty = self.random.choice([None, None, 1.5])
+        sampling = SamplingParams(temperature=temperature, max_tokens=num_new, repetition_penalty=penalty)
+        first = self.change(conversation)
+        history = [*conversation.tokens[:first], *prompt]
+        turn = self.engine.core.begin(conversation, TurnId("t"), prompt, sampling, seed, first_token=first)
         self.histories[turn] = history
         return conversation
+
+    def change(self, conversation: Conversation) -> int:
+        """Rewinds the history, appends to it, or leaves it; returns where the next turn begins."""
+        core, length = self.engine.core, len(conversation.tokens)
+        point = self.random.randrange(length // 2, length + 1)
+        what = self.random.random()
+        if what < 0.1:
+            core.rewind(conversation, conversation.tokens[:point])
+        elif what < 0.2 and core.context_left(conversation) > 70:
+            core.confirm(core.append(conversation, TurnId("a"), [7] * 10))
+            core.compute_when_idle(conversation)
+            self.steps(2)
+        elif what < 0.4:
+            return point
+        return len(conversation.tokens)
 
     def cancel(self, conversation: Conversation, keep: bool) -> None:
         turn = conversation.turn
         assert turn is not None
         self.engine.core.finish(turn, FinishReason.CANCELLED, turn.num_generated if keep else None)
+        if keep:
+            self.engine.core.confirm(turn)
 
     def steps(self, times: int) -> None:
         core = self.engine.core
@@ -133,6 +152,7 @@ class Histories:
     def compare(self, turn: Turn) -> None:
         expected = stateless_reply(self.decoder, self.histories[turn], turn)
         assert turn.reply_ids == expected, "differs from a fresh run"
+        self.engine.core.confirm(turn)
         self.num_compared += 1
 
 
