@@ -1,6 +1,6 @@
 """The main job, told as a story on screen against a real server over gRPC, with a scoreboard at its end.
 
-    tools/demo.sh [--model DIR]
+    tools/demo.sh [--model DIR|HUB_ID]
 
 Friends tell facts; visitors take their place in memory; the server is killed while it answers; all are asked.
 The same script is then played with the history sent again every turn.  The last line on stdout is JSON.
@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from engine.errors import EngineError
 from rpc.client import ContinuoClient, ContinuoError, Unavailable
-from tools.arguments import BUNDLED_MODEL, model_folder
+from tools.arguments import BUNDLED_MODEL, model
 from tools.demo_play import (
     Cast,
     Exchange,
@@ -31,6 +32,7 @@ from tools.demo_play import (
 )
 from tools.demo_score import Score
 from tools.demo_screen import Screen
+from tools.hub import HubError, resolve_model
 from tools.server_process import ServerFailed, ServerProcess
 
 DEVICE_KV_TOKENS = 5_120  # room for all friends, or for all visitors, not for both
@@ -71,15 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tools/demo.sh", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model",
-        type=model_folder,
+        type=model,
         default=str(BUNDLED_MODEL),
-        metavar="DIR",
+        metavar="DIR|HUB_ID",
         help="play it on your own model: what it recalls is then reported, not required",
     )
-    model: Path = parser.parse_args(arguments).model.resolve()
+    chosen = parser.parse_args(arguments)
     try:
-        score = asyncio.run(_play_both(model, Screen()))
-    except (ServerFailed, ContinuoError) as error:
+        folder = resolve_model(chosen.model).resolve()
+        score = asyncio.run(_play_both(folder, Screen()))
+    except (ServerFailed, ContinuoError, HubError, EngineError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

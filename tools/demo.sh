@@ -2,7 +2,7 @@
 # Set-up, then the demo: conversations that survive memory pressure and kill -9, beside re-reading every turn.
 #
 #   tools/demo.sh                  with the bundled model
-#   tools/demo.sh --model DIR      with your own
+#   tools/demo.sh --model MODEL    with your own: a folder or a hub id
 set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

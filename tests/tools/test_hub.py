@@ -11,6 +11,7 @@ from huggingface_hub import file_download
 
 from engine.errors import ModelFolderError
 from tests.tools.fake_hub import COMMIT, MODEL, FakeHub, running
+from tools import demo
 from tools.arguments import model
 from tools.hub import HubError, resolve_model
 
@@ -203,3 +204,9 @@ def test_generate_takes_a_hub_id(continuo, environment, hub, talking_model, tmp_
     ended = continuo("generate", "tests/unknown", *how)
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.splitlines()[-1].startswith("error: there is no model tests/unknown at ")
+
+
+def test_the_demo_takes_a_hub_id_and_says_what_is_wrong_with_it(hub, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    assert demo.main(["--model", "tests/unknown"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: there is no model tests/unknown at {hub.endpoint}, ")
