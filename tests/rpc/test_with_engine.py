@@ -1,7 +1,10 @@
 """The wire over the real engine and a tiny random model: what only both together can show."""
 
 import asyncio
+import json
+import shutil
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
@@ -274,6 +277,35 @@ async def test_a_history_from_elsewhere_is_turn_0(client):
     assert (turn.turn_id, turn.finish_reason, turn.reply) == ("history", pb.FINISH_REASON_APPENDED, "")
     assert [(m.role, m.content) for m in turn.messages] == [("user", "Hi"), ("assistant", "Hello.")]
     await assert_goes_on_as_if_it_had_always_been_so(client, chat)
+
+
+@pytest.mark.parametrize("strip", [False, True])
+async def test_a_rewritten_past_is_told_and_kept_or_stripped(folder, config, tmp_path, strip):
+    """The template writes a dash before what the assistant said, but not while that is the last message."""
+    dashing = shutil.copytree(folder, tmp_path / "dashing")
+    settings = json.loads((dashing / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{{ '' if m.role != 'assistant' or loop.last else '-' }}{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (dashing / "tokenizer_config.json").write_text(json.dumps(settings))
+    async with (
+        load_engine(replace(config, model=dashing)) as engine,
+        running(engine) as server,
+        ContinuoClient(server.address) as client,
+    ):
+        chat = await client.open(strip_rewritten=strip)
+        first = await chat.say("one", max_tokens=8, **GREEDY)
+        second = await chat.say("two", max_tokens=8, **GREEDY)
+        assert first.rewritten_from is None and not first.history_rewritten
+        assert second.rewritten_from is not None and second.rewritten_from < first.committed_tokens
+        tokens, _ = await history_of(client, chat)
+        text = await client.detokenize(tokens)
+        kept = f"-{first.text}" if strip else first.text
+        assert text == f"<user>one\n<assistant>{kept}\n<user>two\n<assistant>{second.text}"
+        stateless = await client.generate(token_ids=tokens[:-8], max_tokens=8, **GREEDY)
+        assert second.token_ids == stateless.token_ids
 
 
 async def test_logprobs_are_told_for_every_token_and_fit_a_greedy_reply(client):
