@@ -1,11 +1,12 @@
 """Models that say what a test wants: the next token follows from the last one alone, by a table."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from tools.random_model import write_random_model
 
@@ -24,6 +25,13 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 REPLY = "Miso."  # no letter twice: each says which one follows
+THOUGHT = "<think>Hu?</think>"
+_FORGETS_THOUGHTS = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'].split('</think>')[-1] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{# the model begins with <think> #}{% endif %}"
+)
 
 
 def write_talking_model(folder: Path, max_positions: int = 2048) -> Path:
@@ -36,8 +44,24 @@ def write_endless_model(folder: Path, max_positions: int = 30_000) -> Path:
     return _write(folder, ["\n", "a", "b", "a"], max_positions)
 
 
+def write_thinking_model(folder: Path, max_positions: int = 2048) -> Path:
+    """Answers everything with THOUGHT and REPLY; its template leaves thoughts out of the past."""
+    _write(folder, [], max_positions)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": _FORGETS_THOUGHTS}))
+    return _teach(folder, ["\n", "<think>", *"Hu?", "</think>", *REPLY, "<|im_end|>"])
+
+
 def _write(folder: Path, chain: list[str], max_positions: int) -> Path:
     write_random_model(folder, {**CONFIG, "max_position_embeddings": max_positions}, torch.float32)
+    return _teach(folder, chain)
+
+
+def _teach(folder: Path, chain: list[str]) -> Path:
+    """Each token of `chain` is followed by the next."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = [tokenizer.encode(text, add_special_tokens=False).ids[0] for text in chain]
     weights = {

@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal: what it shows is read, keys are pressed."""
+"""Programs seen from outside: on a pseudo-terminal, where keys are pressed; and by process id."""
 
 import codecs
 import os
@@ -7,6 +7,7 @@ import select
 import subprocess
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from tests.tools.conftest import ROOT
 
@@ -47,3 +48,19 @@ class Terminal:
         self.process.kill()
         self.process.wait()
         os.close(self._main)
+
+
+def pids_of(*arguments: object) -> list[int]:
+    """The processes that have all of `arguments` on their command line."""
+    return [
+        int(path.parent.name)
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if {str(argument) for argument in arguments} <= set(_read(path).split("\0"))
+    ]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # the process has just ended
+        return ""

@@ -10,7 +10,6 @@ from tests.tools.fake_chat import FakeClient, FakeScreen
 from tools.chat import converse
 from tools.chat.commands import COMMANDS, complete, parse
 from tools.chat.talk import Talk
-from tools.server_process import ServerFailed
 
 
 async def chat(*lines, client=None, **options):
@@ -147,16 +146,6 @@ async def test_a_failed_message_is_offered_again_and_said_again_it_is_the_same_t
     assert screen.errors == ["gone", "too long"] and screen.suggestions == ["Hello", "Hello"]
     first, again, once_more, another = client.turn_ids
     assert first == again == once_more != another
-
-
-async def test_a_server_that_is_gone_for_good_ends_the_chat():
-    def check():
-        raise ServerFailed("the server has ended: killed")
-
-    client = FakeClient()
-    client.failures = [Unavailable("gone")]
-    with pytest.raises(ServerFailed, match="the server has ended: killed"):
-        await chat("Hello", client=client, check_server=check)
 
 
 class ImpatientScreen(FakeScreen):

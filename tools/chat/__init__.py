@@ -52,20 +52,23 @@ def _screen(data_dir: Path | None) -> Screen:
 
 
 async def _run(chosen: Namespace, screen: Screen, token: str | None, authorities: Path | None) -> int:
-    def told_jitter() -> float:
+    address, server = chosen.server, None
+
+    def jitter() -> float:
         """Called before each attempt to get a lost connection back: the moment to say so."""
+        if server is not None:
+            server.check()  # nobody would start it again
         screen.reconnecting()
         return random.random()
 
     async with AsyncExitStack() as stack:
-        address, server = chosen.server, None
         if chosen.model is not None:
             screen.note(f"starting a server for {chosen.model} ...")
             server = await stack.enter_async_context(await _own_server(chosen))
             address = server.address
-        client = ContinuoClient(address, token=token, tls=authorities or False, jitter=told_jitter)
+        client = ContinuoClient(address, token=token, tls=authorities or False, jitter=jitter)
         await stack.enter_async_context(client)
-        talk = Talk(client, screen, chosen.system, server.check if server else lambda: None)
+        talk = Talk(client, screen, chosen.system)
         await _greet(client, screen, address)
         if chosen.conversation is not None:
             await talk.resume(chosen.conversation)
@@ -130,6 +133,8 @@ async def _answer_interactively(talk: Talk, text: str) -> None:
 
     with _on_ctrl_c(interrupt):
         await asyncio.wait([doing])
+    if interrupting is not None:
+        await interrupting
     try:
         await doing
     except (ContinuoError, Mistake) as error:

@@ -136,7 +136,7 @@ async def _stats(talk: Talk, argument: str) -> None:
 
 
 async def _help(talk: Talk, argument: str) -> None:
-    lines = [f"{f'/{name} {it.arguments}':24}{it.does}" for name, it in COMMANDS.items()]
+    lines = [f"{f'/{name} {it.arguments}':30}{it.does}" for name, it in COMMANDS.items()]
     talk.screen.note("\n".join([*lines, KEYS]))
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from rpc.client import Chat, ContinuoClient, ContinuoError, Reply, Unavailable
@@ -18,24 +17,14 @@ class Mistake(Exception):
 
 
 class Talk:
-    """`chat` is None until something is said: only then is a conversation opened at the server.
+    """`chat` is None until something is said: only then is a conversation opened at the server."""
 
-    `check_server` raises if the server is known to be gone for good.
-    """
-
-    def __init__(
-        self,
-        client: ContinuoClient,
-        screen: Screen,
-        system: str | None = None,
-        check_server: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, client: ContinuoClient, screen: Screen, system: str | None = None) -> None:
         self.client, self.screen, self.system = client, screen, system
         self.chat: Chat | None = None
         self.sampling: dict[str, Any] = {}  # what the user has set; defaults of every new conversation
         self.listed: list[str] = []  # ids, as numbered when they were listed last
         self.has_ended = False
-        self._check_server = check_server
         self._unanswered: tuple[str, str] | None = None  # a message and its turn id
         self._answering: asyncio.Task[None] | None = None
 
@@ -80,9 +69,6 @@ class Talk:
             async for delta in reply:
                 self.screen.reply(delta)
             self.screen.turn_ended(await reply)
-        except Unavailable:
-            self._check_server()
-            raise
         finally:
             self._answering = None
 

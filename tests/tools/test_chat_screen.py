@@ -1,0 +1,85 @@
+"""What the chat shows on a terminal and takes from a pipe, without a server."""
+
+import signal
+import sys
+
+import pytest
+
+from rpc._generated import continuo_pb2 as pb
+from rpc.client import Delta, FinishReason, ReplyKind
+from tests.tools.fake_chat import turn
+from tools.chat import screen
+from tools.chat.wording import status_line
+
+
+class SilentEditor:
+    """Nobody types."""
+
+
+def show(*deltas, colours=False):
+    terminal = screen.Terminal(SilentEditor(), colours=colours)
+    for delta in deltas:
+        terminal.reply(delta)
+    return terminal
+
+
+def test_a_reply_cannot_drive_the_terminal(capsys):
+    show(Delta("a\x1b[2Jb\x9bc\rd\te\n", ()))
+    assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\ufffdd\te\n"
+
+
+def test_reasoning_is_dimmed_and_tool_calls_are_passed_through(capsys):
+    reply = [
+        Delta("<think>Hm", (), kind=ReplyKind.REASONING),
+        Delta("<tool_call>{}", (), kind=ReplyKind.TOOL_CALL),
+        Delta("Yes", ()),
+    ]
+    show(*reply, colours=True)
+    assert capsys.readouterr().out == "\x1b[2m<think>Hm\x1b[0m<tool_call>{}Yes"
+    show(*reply)
+    assert capsys.readouterr().out == "<think>Hm<tool_call>{}Yes"
+
+
+def test_a_lost_connection_is_told_once_and_each_time_it_is_lost(capsys):
+    terminal = show(Delta("Mi", ()))
+    for _ in range(3):
+        terminal.reconnecting()
+    terminal.reply(Delta("Miso", (), restarted=True))
+    terminal.reconnecting()
+    lost = "the connection is lost; trying to get it back ... (Ctrl-C gives up)\n"
+    assert capsys.readouterr().out == f"Mi\n{lost}the reply begins again:\nMiso\n{lost}"
+
+
+async def test_ctrl_c_while_waiting_for_a_line_ends_a_piped_chat(monkeypatch):
+    class Stdin:
+        def readline(self):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "stdin", Stdin())
+    with pytest.raises(KeyboardInterrupt):
+        await screen.Pipe().read()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_status_line_says_what_was_reused_what_it_cost_and_what_is_left():
+    usage = pb.Usage(
+        prompt_tokens=1150,
+        completion_tokens=20,
+        cached_device_tokens=1024,
+        recomputed_tokens=96,
+        new_tokens=30,
+    )
+    timing = pb.Timing(ttft_s=0.0123, total_s=0.49)
+    ended = turn(usage=usage, timing=timing, context_left=2048)
+    line = (
+        "1,024 tokens reused from device · 96 recomputed · 30 new · "
+        "20 in 0.5 s, first after 12 ms · 2,048 left"
+    )
+    assert status_line(ended) == line
+    full = turn(usage=usage, timing=timing, context_left=2048, finish_reason=FinishReason.CONTEXT_FULL)
+    assert status_line(full) == f"{line} · the context is full: /rewind makes room, /new begins anew"
+    rewritten = turn(usage=usage, timing=timing, context_left=2048, rewritten_from=77)
+    assert status_line(rewritten) == (
+        f"{line} · the template would now write the past differently from token 77"
+    )

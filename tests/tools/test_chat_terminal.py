@@ -1,0 +1,131 @@
+"""`continuo chat` on a pseudo-terminal, against real servers."""
+
+import os
+import re
+import signal
+
+import pytest
+
+from tests.tools.conftest import command
+from tests.tools.talking_models import REPLY
+from tests.tools.terminal import Terminal, pids_of
+
+
+@pytest.fixture
+def terminal_chat(environment):
+    chats = []
+
+    def start(*arguments: object, term: str = "xterm") -> Terminal:
+        chats.append(Terminal(command("chat", *arguments), environment, term))
+        return chats[-1]
+
+    yield start
+    for chat in chats:
+        chat.close()
+
+
+def test_ctrl_c_ends_the_reply_and_not_the_chat(serve, terminal_chat, endless_model):
+    server = serve(endless_model)
+    chat = terminal_chat("--server", server.address)
+    assert "context of 30,000 tokens" in chat.until("›")
+    chat.press("Go.\r")
+    chat.until("abab")
+    chat.press("\x03")
+    first = chat.until("cancelled")
+    assert re.search(r"0 tokens reused from device · 0 recomputed · \d+ new", first)
+    chat.until("›")
+    chat.press("Go on.\r")
+    chat.until("abab")
+    chat.press("\x03")
+    second = chat.until("cancelled")
+    assert int(re.search(r"(\d+) tokens reused from device", second)[1]) > 20
+    chat.until("›")
+    chat.press("\x04")
+    assert "continuo chat --conversation c-" in chat.until("--server")
+    assert chat.process.wait(timeout=20) == 0
+
+
+def test_a_resumed_chat_shows_what_was_said_and_forgets_it_for_a_new_one(
+    serve, continuo, terminal_chat, talking_model
+):
+    server = serve(talking_model)
+    ended = continuo("chat", "--server", server.address, input="Uno.\nDue.\nTre.\nQuattro.\n")
+    id = re.search(r"--conversation (\S+)", ended.stderr)[1]
+    chat = terminal_chat("--server", server.address, "--conversation", id)
+    shown = chat.until("Quattro.")
+    assert "... 1 earlier" in shown and REPLY in shown and "Due." in shown and "Uno." not in shown
+    chat.until("›")
+    chat.press("/nonsense\r")
+    chat.until("there is no command /nonsense")
+    chat.press("/new\r")
+    chat.until(f"{id} stays as it is")
+    chat.press("Cinque.\r")
+    assert "0 tokens reused" in chat.until(" left")
+    chat.press("/quit\r")
+    assert chat.process.wait(timeout=20) == 0
+
+
+def test_every_operation_is_typed_behind_a_slash(serve, terminal_chat, talking_model):
+    chat = terminal_chat("--server", serve(talking_model).address)
+
+    def press(keys: str, until: str) -> str:
+        chat.until("›")
+        chat.press(f"{keys}\r")
+        typed = chat.until("\n")
+        return typed + chat.until(until)
+
+    assert REPLY in press("One.", " left")
+    assert REPLY in press("Two.", " left")
+    press("/rewind", "back to 1 turn, ")
+    assert "Two.!" in press("!", REPLY)  # what was taken back had stood there, to be edited
+    assert not re.search(r"\b0 tokens reused", press("/regenerate temperature=0", " left"))
+    press("/append Three.", "noted, without a reply")
+    press("/set temperature=0.5", "temperature=0.5")
+    press("/stats", "3 turns, ")
+    press("/fork 1", "with 2 turns of the other")
+    assert not re.search(r"\b0 tokens reused", press("Four.", " left"))
+    assert press("/list", "tokens  One.").count("turns") == 1
+    assert "One." in press("/open 2", REPLY)
+    press("/delete 1", "is erased")
+    press("/quit", "To go on: continuo chat --conversation c-")
+    assert chat.process.wait(timeout=20) == 0
+
+
+def test_a_reply_goes_on_when_the_server_comes_back(serve, terminal_chat, endless_model):
+    server = serve(endless_model)
+    chat = terminal_chat("--server", server.address)
+    chat.until("›")
+    chat.press("Go.\r")
+    chat.until("abab")
+    server.kill()
+    chat.until("the connection is lost; trying to get it back")
+    serve(endless_model, "--listen", server.address)
+    chat.until("abab")
+    chat.press("\x03")
+    chat.until("cancelled")
+
+
+def test_a_server_of_its_own_that_dies_ends_the_chat_with_a_reason(terminal_chat, endless_model):
+    chat = terminal_chat(endless_model, "--data-dir", "none")
+    chat.until("›")
+    chat.press("Go.\r")
+    chat.until("abab")
+    (server,) = pids_of("serve", endless_model)
+    os.kill(server, signal.SIGKILL)
+    chat.until("error: the server has ended: ")
+    assert chat.process.wait(timeout=20) == 1
+
+
+def test_ctrl_c_gives_up_a_server_that_does_not_come_back(serve, terminal_chat, endless_model):
+    server = serve(endless_model)
+    chat = terminal_chat("--server", server.address)
+    chat.until("›")
+    chat.press("Go.\r")
+    chat.until("abab")
+    server.kill()
+    chat.until("the connection is lost; trying to get it back")
+    chat.press("\x03")
+    chat.until("interrupted")
+    chat.until("›")
+    chat.press("/quit\r")
+    assert chat.process.wait(timeout=20) == 0
