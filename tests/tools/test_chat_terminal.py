@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.tools.conftest import command
-from tests.tools.talking_models import REPLY
+from tests.tools.talking_models import REPLY, THOUGHT, write_thinking_model
 from tests.tools.terminal import Terminal, pids_of
 
 
@@ -129,3 +129,22 @@ def test_ctrl_c_gives_up_a_server_that_does_not_come_back(serve, terminal_chat, 
     chat.until("›")
     chat.press("/quit\r")
     assert chat.process.wait(timeout=20) == 0
+
+
+def test_a_thought_is_dimmed_and_a_template_that_forgets_it_is_told(serve, continuo, terminal_chat, tmp_path):
+    server = serve(write_thinking_model(tmp_path / "thinking"))
+    chat = terminal_chat("--server", server.address)
+    chat.until("›")
+    chat.press("One.\r")
+    chat.until("\n")
+    shown = chat.until(" left")
+    dimmed, plain = (
+        "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", shown)),
+        re.sub(r"\x1b\[2m.*?\x1b\[0m", "", shown),
+    )
+    assert dimmed == THOUGHT and REPLY in plain
+    chat.until("›")
+    chat.press("Two.\r")
+    chat.until("the template would now write the past differently from token")
+    ended = continuo("chat", "--server", server.address, input="One.\n")
+    assert ended.stdout == f"{THOUGHT}{REPLY}\n"
