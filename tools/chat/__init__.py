@@ -21,11 +21,8 @@ from tools.chat.commands import complete, parse, perform
 from tools.chat.line_editor import LineEditor
 from tools.chat.screen import Pipe, Screen, Terminal
 from tools.chat.talk import Mistake, Talk
+from tools.connection import UsageError, credentials
 from tools.server_process import ServerFailed, ServerProcess
-
-
-class UsageError(Exception):
-    """An argument that cannot work."""
 
 
 class NoServer(Exception):
@@ -37,8 +34,8 @@ USAGE: tuple[type[Exception], ...] = (UsageError,)
 
 
 def run(chosen: Namespace) -> int:
-    token, authorities = _token(chosen.token_file), _readable(chosen.tls_ca)
-    return asyncio.run(_run(chosen, _screen(chosen.data_dir), token, authorities))
+    token, tls = credentials(chosen)
+    return asyncio.run(_run(chosen, _screen(chosen.data_dir), token, tls))
 
 
 def _screen(data_dir: Path | None) -> Screen:
@@ -51,7 +48,7 @@ def _screen(data_dir: Path | None) -> Screen:
     )
 
 
-async def _run(chosen: Namespace, screen: Screen, token: str | None, authorities: Path | None) -> int:
+async def _run(chosen: Namespace, screen: Screen, token: str | None, tls: Path | bool) -> int:
     address, server = chosen.server, None
 
     def jitter() -> float:
@@ -66,7 +63,7 @@ async def _run(chosen: Namespace, screen: Screen, token: str | None, authorities
             screen.note(f"starting a server for {chosen.model} ...")
             server = await stack.enter_async_context(await _own_server(chosen))
             address = server.address
-        client = ContinuoClient(address, token=token, tls=authorities or False, jitter=jitter)
+        client = ContinuoClient(address, token=token, tls=tls, jitter=jitter)
         await stack.enter_async_context(client)
         talk = Talk(client, screen, chosen.system)
         await _greet(client, screen, address)
@@ -169,21 +166,3 @@ def _command(chosen: Namespace, id: str) -> str:
 
 def _hub_arguments(chosen: Namespace) -> list[str]:
     return (["--revision", chosen.revision] if chosen.revision else []) + ["--offline"] * chosen.offline
-
-
-def _token(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the token file {path} cannot be read: {error}") from error
-    if len(token.split()) != 1:
-        raise UsageError(f"the token file {path} should hold one token and nothing else")
-    return token
-
-
-def _readable(path: Path | None) -> Path | None:
-    if path is not None and not path.is_file():
-        raise UsageError(f"there is no file {path}; --tls-ca takes a certificate authority in PEM format")
-    return path
