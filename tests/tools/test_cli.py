@@ -341,3 +341,19 @@ def test_plain_logs_name_the_level_of_what_is_not_information():
     for level, text in ((logging.INFO, "ready"), (logging.WARNING, "warning: ready")):
         line = formatter.format(logging.LogRecord("rpc", level, "f", 1, "ready", (), None))
         assert re.fullmatch(rf"\d\d:\d\d:\d\d {text}", line)
+
+
+def test_health_reaches_a_server_with_tls_and_names_what_it_cannot_read(
+    serve, continuo, talking_model, tmp_path
+):
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    make += f" -addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {certificate}"
+    subprocess.run(make.split(), check=True, capture_output=True)
+    server = serve(talking_model, "--tls-cert", certificate, "--tls-key", key, "--data-dir", "none")
+    trusting = continuo("health", "--server", server.address, "--tls-ca", certificate)
+    assert (trusting.returncode, trusting.stdout) == (0, "SERVING\n"), trusting.stderr
+    plain = continuo("health", "--server", server.address)
+    assert plain.returncode == 1 and plain.stderr.startswith(f"error: no answer from {server.address}: ")
+    blind = continuo("health", "--tls-ca", tmp_path / "none.pem")
+    assert blind.returncode == 2 and "No such file" in blind.stderr
