@@ -66,12 +66,11 @@ class RotaryDecoder:
         self._embedding, self._layers, self._head = embedding, tuple(layers), head
         # The norm behind each layer's residual addition belongs to the next one.
         self._next_norms = (*(layer.attention_norm for layer in self._layers[1:]), final_norm)
-        ropes = {attention.rope for attention in config.layers}
-        tables = {
-            rope: None if rope is None else RopeTable(config.head_dim, rope, config.max_positions)
-            for rope in ropes
-        }
-        self._attention = [(tables[attention.rope], attention.window) for attention in config.layers]
+        ropes = list(dict.fromkeys(attention.rope for attention in config.layers))
+        self._tables = [
+            None if rope is None else RopeTable(config.head_dim, rope, config.max_positions) for rope in ropes
+        ]
+        self._attention = [(ropes.index(attention.rope), attention.window) for attention in config.layers]
         self._heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self._gate = silu_mul if config.activation == "silu" else gelu_mul
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype)
@@ -80,14 +79,14 @@ class RotaryDecoder:
     def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
         eps, last = self.config.norm_eps, self._layers[-1]
         num_positions = int(meta.positions.max()) + 1
+        angles = [None if table is None else table.upto(num_positions) for table in self._tables]
         residual = self._embedding.index_select(0, ids).to(self.dtype)
         if self.config.embedding_scale != 1:
             residual = residual * self._embedding_scale
         x = rms_norm(residual, self._layers[0].attention_norm, eps)
         layers = zip(self._layers, self._attention, kv, self._next_norms, strict=True)
         for layer, (rope, window), layer_kv, next_norm in layers:
-            cos_sin = None if rope is None else rope.upto(num_positions)
-            x = self._attend(layer, x, layer_kv, meta, cos_sin, window)
+            x = self._attend(layer, x, layer_kv, meta, angles[rope], window)
             if layer is last:  # the other rows have left their K and V; nothing else of them is needed
                 x, residual = x.index_select(0, rows), residual.index_select(0, rows)
             x = layer.attention_out(x)
