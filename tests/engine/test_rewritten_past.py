@@ -1,5 +1,6 @@
 """Histories that come as messages: from elsewhere, appended, and under a template that rewrites the past."""
 
+import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
@@ -256,3 +257,62 @@ async def test_stretches_of_a_reply_are_told_apart_also_when_they_are_replayed()
         assert [id for delta in deltas for id in delta.token_ids] == marked
         assert [event.seq for event in events] == [46, 47, 48, 49, 50]
         assert replayed(record, [], 100)[0].seq == 49
+
+
+# -- all of it together
+
+
+@pytest.mark.parametrize("policy", RewritePolicy)
+@pytest.mark.parametrize("seed", range(4))
+async def test_memory_and_log_agree_on_a_rewritten_history_whatever_is_done_to_it(
+    seed: int, policy: RewritePolicy, tmp_path: Path
+) -> None:
+    choose = random.Random(seed)
+    engine, _, manager = fake_engine(tmp_path, template=RETELLING_TEMPLATE, num_slots=24)
+    await engine.__aenter__()
+    chat = await engine.open(LOCAL, OpenRequest(history=SAID[:2], on_rewrite=policy))
+    num_replies = num_refused = 0
+    for number in range(40):
+        what, name = choose.random(), TurnId(f"t{number}")
+        _, turns = await engine.get(LOCAL, chat.conversation_id)
+        with_reply = [turn for turn in turns if turn.finish_reason is not FinishReason.APPENDED]
+        sampling = SamplingParams(max_tokens=choose.randrange(1, 12), ignore_eos=True)
+        try:
+            if what < 0.4:
+                await chat.turn(TurnRequest(name, (Message("user", f"so {number}"),), sampling=sampling))
+            elif what < 0.5:
+                await chat.turn(append(name, Message("user", f"note {number}")))
+            elif what < 0.7 and with_reply:
+                await chat.regenerate(RegenerateRequest(name, choose.choice(with_reply).turn_id, sampling))
+            elif what < 0.8:
+                await chat.rewind(Point(num_turns=choose.randrange(len(turns) + 1)))
+            elif what < 0.9:
+                await chat.rewind(Point(num_tokens=choose.randrange(chat._live.committed_tokens + 1)))
+            else:
+                await engine.__aexit__()
+                engine, _, manager = fake_engine(tmp_path, template=RETELLING_TEMPLATE, num_slots=24)
+                await engine.__aenter__()
+                chat = await engine.resume(LOCAL, ResumeRequest(chat.conversation_id))
+        except ContextOverflow:
+            await chat.rewind(Point(num_turns=1))
+        except InvalidRequest as error:
+            assert "lies inside the messages of turn" in str(error)
+            num_refused += 1
+        if (flight := chat._live.flight) is not None:
+            if choose.random() < 0.2 and flight.turn.finish_reason is None:
+                await chat.cancel(name, keep=False)
+                with pytest.raises(TurnCancelled):
+                    await until_done(chat)
+            else:
+                ids, done = await until_done(chat)
+                tokens = await held(engine, chat.conversation_id)
+                assert ids == expected(tokens[: len(tokens) - len(ids)], len(ids))
+                assert done.committed_tokens == len(tokens)
+                num_replies += bool(ids)
+        record, turns = await engine.get(LOCAL, chat.conversation_id)
+        assert chat._live.core.tokens == tokens_of(turns)
+        assert list(chat._live.turns) == [turn.turn_id for turn in turns]
+        assert (record.num_turns, record.num_tokens) == (len(turns), len(tokens_of(turns)))
+        manager.check()
+    assert num_replies > 8
+    await engine.__aexit__()
