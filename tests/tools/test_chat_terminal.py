@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from tests.tools.conftest import command
+from tests.tools.fake_hub import COMMIT, MODEL, FakeHub, running
 from tests.tools.talking_models import REPLY, THOUGHT, write_thinking_model
 from tests.tools.terminal import Terminal, pids_of
 
@@ -15,8 +16,8 @@ from tests.tools.terminal import Terminal, pids_of
 def terminal_chat(environment):
     chats = []
 
-    def start(*arguments: object, term: str = "xterm") -> Terminal:
-        chats.append(Terminal(command("chat", *arguments), environment, term))
+    def start(*arguments: object, term: str = "xterm", **more: str) -> Terminal:
+        chats.append(Terminal(command("chat", *arguments), {**environment, **more}, term))
         return chats[-1]
 
     yield start
@@ -114,6 +115,32 @@ def test_a_server_of_its_own_that_dies_ends_the_chat_with_a_reason(terminal_chat
     os.kill(server, signal.SIGKILL)
     chat.until("error: the server has ended: ")
     assert chat.process.wait(timeout=20) == 1
+
+
+def test_a_model_from_the_hub_shows_its_download_and_is_named_in_the_farewell(
+    terminal_chat, talking_model, tmp_path
+):
+    files = {path.name: path.read_bytes() for path in talking_model.iterdir()}
+    with running(FakeHub(files)) as hub:
+        chat = terminal_chat(
+            MODEL, "--revision", COMMIT, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "hub"), HF_TOKEN=""
+        )
+        chat.until(f"starting a server for {MODEL}")
+        chat.until(f"downloading {MODEL}")
+        chat.until("›")
+        chat.press("One.\r")
+        assert REPLY in chat.until(" left")
+        chat.until("›")
+        chat.press("\x04")
+        chat.until(f"{MODEL} --revision {COMMIT} --data-dir")
+
+
+def test_a_dumb_terminal_gets_neither_colours_nor_control_sequences(serve, terminal_chat, talking_model):
+    chat = terminal_chat("--server", serve(talking_model).address, term="dumb")
+    shown = chat.until("›")
+    chat.press("One.\r")
+    shown += chat.until(" left")
+    assert REPLY in shown and "\x1b" not in shown
 
 
 def test_ctrl_c_gives_up_a_server_that_does_not_come_back(serve, terminal_chat, endless_model):
