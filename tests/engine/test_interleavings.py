@@ -17,6 +17,7 @@ from engine.types import (
     FinishReason,
     GenerateRequest,
     OpenRequest,
+    RegenerateRequest,
     ResumeRequest,
     SamplingParams,
     Tenant,
@@ -271,3 +272,24 @@ async def test_a_turn_can_be_cancelled_while_it_is_prepared_queued_or_committed(
         manager.check()
         _, turns = await engine.get(LOCAL, chat.conversation_id)
         assert [turn.turn_id for turn in turns] == (["1", "2"] if keep else ["2"])
+
+
+async def test_a_client_that_resumes_while_a_turn_is_replaced_hears_of_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        await say(chat, ids_turn("1", [1, 2, 3]))
+        held = Held(monkeypatch, engine, "load")
+        resuming = asyncio.create_task(engine.resume(LOCAL, ResumeRequest(chat.conversation_id, after_seq=0)))
+        let_old_go = await held.arrived()
+        sampling = SamplingParams(max_tokens=5, ignore_eos=True)
+        regenerating = asyncio.create_task(chat.regenerate(RegenerateRequest(TurnId("2"), None, sampling)))
+        (await held.arrived())(None)
+        await regenerating
+        await until(chat._live.idle.is_set)
+        let_old_go(None)
+        (await held.arrived())(None)
+        ids, done = await until_done(await resuming)
+        assert (done.turn_id, len(ids)) == ("2", 5)

@@ -152,6 +152,7 @@ async def test_regenerating_replaces_the_turn_and_all_behind_it(replaces: str | 
         ids, _ = await say(chat, ids_turn("2", [7]))  # its id is free again
         assert ids == expected([*history, *expected(history), 7])
         manager.check()
+        assert len(manager._tables) == 1, "what was replaced is forgotten"
 
 
 async def test_regenerating_a_long_prompt_computes_one_block_at_most() -> None:
@@ -195,11 +196,29 @@ async def test_a_regeneration_that_comes_to_nothing_leaves_the_reply_and_its_kv(
         manager.check()
         _, turns = await engine.get(LOCAL, chat.conversation_id)
         assert [turn.turn_id for turn in turns] == ["1"]
+        assert len(manager._tables) == 1
         before = runner.num_computed
         ids, done = await say(chat, ids_turn("3", [5]))
         assert ids == expected([1, 2, *first, 5])
         assert runner.num_computed - before <= 2 * BLOCK_SIZE + 11
-        assert done.usage.new_tokens <= 2, "the last token was sampled only; nothing else is new"
+        assert done.usage.new_tokens == 2, "the last token was sampled only; nothing else is new"
+
+
+async def test_a_reply_that_stands_counts_as_computed_although_it_was_set_aside() -> None:
+    engine, _, manager = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        await say(chat, ids_turn("1", [1, 2], max_tokens=60))
+        await chat.regenerate(again("2", max_tokens=900))
+        await read(chat, 3)
+        await chat.cancel(TurnId("2"), keep=False)
+        with pytest.raises(TurnCancelled):
+            await until_done(chat)
+        await until(lambda: manager.statistics().num_evictable + manager.pool.num_free == 64)
+        manager.drop(chat._live.core.table)
+        _, done = await say(chat, ids_turn("3", [5]))
+        usage = done.usage
+        assert (usage.cached_device_tokens, usage.recomputed_tokens, usage.new_tokens) == (0, 61, 2)
 
 
 async def test_a_cancelled_regeneration_that_is_kept_has_replaced_the_reply() -> None:

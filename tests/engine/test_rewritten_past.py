@@ -174,6 +174,9 @@ async def test_keeping_reports_what_following_the_template_would_cost() -> None:
         assert rewritten.policy is RewritePolicy.KEEP and done.history_rewritten
         assert turns[1].first_token == first.committed_tokens
         assert runner.num_computed - before == 1 + len(turns[1].prompt_ids) + 11
+        assert (await say(chat, ids_turn("3", [5])))[1].history_rewritten, "it stays so"
+        await chat.rewind(Point(num_turns=1))
+        assert not (await say(chat, ids_turn("4", [5])))[1].history_rewritten
 
 
 async def test_stripping_follows_the_template_and_the_log_keeps_what_was_said(tmp_path: Path) -> None:
