@@ -11,7 +11,7 @@ from array import array
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain, groupby
+from itertools import chain, groupby
 from typing import Protocol
 
 from engine.conversation import Conversation, Turn
@@ -25,10 +25,7 @@ from engine.types import (
     Message,
     ReplyKind,
     SamplingParams,
-    TurnAccepted,
-    TurnDone,
     TurnId,
-    TurnRecord,
 )
 
 MAX_UNREAD_TOKENS = 256
@@ -224,42 +221,3 @@ def _joined(deltas: Sequence[Delta]) -> Delta:
         text="".join(delta.text for delta in deltas),
         logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Consecutive tokens of a reply that are of one kind."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    kind: ReplyKind
-
-
-def replayed(
-    record: TurnRecord, stretches: Sequence[Stretch], context_tokens: int
-) -> list[ConversationEvent]:
-    """A committed turn as events: accepted, the whole reply at once, done.
-
-    Its events had more numbers when it was computed: one for every token at least.
-    """
-    committed = record.first_token + len(record.prompt_ids) + len(record.reply_ids)
-    first_seq = record.done_seq - len(stretches)
-    offsets = accumulate((len(stretch.token_ids) for stretch in stretches), initial=0)
-    return [
-        TurnAccepted(first_seq - 1, record.turn_id, queue_position=0),
-        *(
-            Delta(first_seq + i, record.turn_id, offset, stretch.token_ids, stretch.text, stretch.kind)
-            for i, (stretch, offset) in enumerate(zip(stretches, offsets, strict=False))
-        ),
-        TurnDone(
-            record.done_seq,
-            record.turn_id,
-            record.finish_reason,
-            record.matched_stop,
-            record.usage,
-            record.timing,
-            context_left=context_tokens - committed,
-            committed_tokens=committed,
-            history_rewritten=record.history_rewritten,
-        ),
-    ]

@@ -8,12 +8,12 @@ import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future as ThreadFuture
 from dataclasses import replace
-from itertools import groupby
 
 from engine.conversation import Turn, common_length
 from engine.core import EngineCore, TokenEvent
 from engine.errors import AlreadyExists, EngineError, EngineStopped, NotFound, QueueFull, TurnCancelled
-from engine.live import LiveConversation, Stretch, TurnInFlight, TurnInput, replayed
+from engine.live import LiveConversation, TurnInFlight, TurnInput
+from engine.replay import replayed, stretches
 from engine.sampler import Sampler
 from engine.statistics import Statistics
 from engine.text_service import PastTurn, TextService
@@ -180,28 +180,7 @@ class Turns:
                     outbox.put(event)
 
     def replay(self, record: TurnRecord) -> list[ConversationEvent]:
-        return replayed(record, self._stretches(record), self.core.context_tokens)
-
-    def _stretches(self, record: TurnRecord) -> list[Stretch]:
-        """The reply by kinds of text, at least one unless there was no reply to give."""
-        if record.finish_reason is FinishReason.APPENDED:
-            return []
-        kinds = self._text.kinds(record.prompt_ids)
-        stretches = [(kind, tuple(ids)) for kind, ids in groupby(record.reply_ids, kinds.push)]
-        if len(stretches) < 2:
-            kind = stretches[0][0] if stretches else ReplyKind.TEXT
-            return [Stretch(record.reply_ids, record.reply_text, kind)]
-        detokenizer, rest = (
-            self._text.detokenizer(SamplingParams(), record.prompt_ids[-1]),
-            record.reply_text,
-        )
-        parts = []
-        for kind, ids in stretches[:-1]:
-            length = len(detokenizer.push(ids))
-            parts.append(Stretch(ids, rest[:length], kind))
-            rest = rest[length:]
-        kind, ids = stretches[-1]
-        return [*parts, Stretch(ids, rest, kind)]
+        return replayed(record, stretches(record, self._text), self.core.context_tokens)
 
     # -- tokens
 

@@ -23,6 +23,7 @@ from engine.types import (
     Limits,
     Message,
     ModelInfo,
+    RegenerateRequest,
     SamplingParams,
     Tenant,
     TurnDone,
@@ -30,7 +31,7 @@ from engine.types import (
     TurnId,
     TurnRequest,
 )
-from tests.fakes import CHAT_TEMPLATE, FakeRunner, byte_tokenizer
+from tests.fakes import CHAT_TEMPLATE, FakeRunner, byte_tokenizer, stateless_reply
 
 LOCAL = Tenant("local")
 BLOCK_SIZE = 16
@@ -124,3 +125,21 @@ async def read(attachment: Attachment, count: int) -> list[ConversationEvent]:
             if len(events) == count:
                 break
     return events
+
+
+def append_turn(id: str, ids: list[int]) -> TurnRequest:
+    return TurnRequest(TurnId(id), token_ids=tuple(ids), wants_reply=False)
+
+
+def again(id: str, replaces: str | None = None, max_tokens: int = 12) -> RegenerateRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return RegenerateRequest(TurnId(id), None if replaces is None else TurnId(replaces), sampling)
+
+
+def expected(history: list[int], num_tokens: int = 12) -> list[int]:
+    return stateless_reply(history, num_tokens, frozenset(), VOCAB)
+
+
+async def regenerated(chat: Attachment, request: RegenerateRequest) -> tuple[list[int], TurnDone]:
+    await chat.regenerate(request)
+    return await until_done(chat)

@@ -13,7 +13,7 @@ from engine.attachment import Attachment
 from engine.conversation import common_length
 from engine.errors import AlreadyExists, ContextOverflow, InvalidRequest, NotFound, TurnCancelled
 from engine.history import tokens_of
-from engine.live import replayed
+from engine.replay import replayed
 from engine.types import (
     ConversationId,
     Delta,

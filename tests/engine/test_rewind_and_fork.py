@@ -1,0 +1,279 @@
+"""Histories cut and copied, over the fake model."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine.attachment import Attachment
+from engine.errors import (
+    AlreadyExists,
+    Conflict,
+    DataDirError,
+    Draining,
+    InvalidRequest,
+    NotFound,
+)
+from engine.types import (
+    ConversationId,
+    FinishReason,
+    ForkRequest,
+    OpenRequest,
+    Point,
+    ResumeRequest,
+    Standing,
+    Tenant,
+    TurnId,
+)
+from tests.engine.harness import (
+    BLOCK_SIZE,
+    LOCAL,
+    again,
+    expected,
+    fake_engine,
+    ids_turn,
+    read,
+    say,
+    text_turn,
+    until,
+    until_done,
+)
+
+
+async def talked(chat: Attachment, times: int = 3) -> list[int]:
+    """That many turns of 10 tokens and a reply of 12; the whole history."""
+    history: list[int] = []
+    for number in range(times):
+        prompt = [number * 10 + n for n in range(10)]
+        reply, _ = await say(chat, ids_turn(str(number), prompt))
+        history += [*prompt, *reply]
+    return history
+
+
+@pytest.mark.parametrize("place", range(0, 67, 3))
+async def test_a_conversation_goes_on_from_any_token_it_is_rewound_to(place: int, tmp_path: Path) -> None:
+    engine, runner, manager = fake_engine(tmp_path)
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        history = (await talked(chat))[:place]
+        for _ in range(2):
+            standing = await chat.rewind(Point(num_tokens=place))
+            assert standing == Standing(place, -(-place // 22), 63 * BLOCK_SIZE - place)
+        manager.check()
+        before = runner.num_computed
+        ids, done = await say(chat, ids_turn("next", [7, 8]))
+        assert ids == expected([*history, 7, 8])
+        assert runner.num_computed - before <= BLOCK_SIZE - 1 + 2 + 11
+        assert done.usage.new_tokens <= 3
+        assert done.committed_tokens == place + 14
+    engine, _, _ = fake_engine(tmp_path)
+    async with engine:
+        chat = await engine.resume(LOCAL, ResumeRequest(chat.conversation_id))
+        assert chat.committed_tokens == place + 14
+        assert (await say(chat, ids_turn("more", [9])))[0] == expected([*history, 7, 8, *ids, 9])
+
+
+async def test_a_reply_that_is_cut_keeps_the_text_of_what_is_left() -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        history = await talked(chat, 2)
+        await chat.rewind(Point(num_tokens=22 + 10 + 5))
+        _, (_, turn) = await engine.get(LOCAL, chat.conversation_id)
+        assert list(turn.reply_ids) == history[32:37]
+        assert turn.reply_text == await engine.detokenize(turn.reply_ids, True)
+        assert (turn.finish_reason, turn.matched_stop) == (FinishReason.CANCELLED, None)
+        await chat.rewind(Point(num_tokens=22 + 4))
+        _, (_, turn) = await engine.get(LOCAL, chat.conversation_id)
+        assert (list(turn.prompt_ids), turn.reply_ids, turn.reply_text) == (history[22:26], (), "")
+        assert turn.finish_reason is FinishReason.APPENDED
+
+
+async def test_rewinding_by_turns_frees_their_ids() -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        history = await talked(chat)
+        assert (await chat.rewind(Point(num_turns=1))).committed_tokens == 22
+        ids, _ = await say(chat, ids_turn("2", [5]))
+        assert ids == expected([*history[:22], 5])
+        assert (await chat.rewind(Point(num_turns=0))).committed_tokens == 0
+        ids, _ = await say(chat, ids_turn("0", [6]))
+        assert ids == expected([6])
+
+
+async def test_a_text_turn_after_a_rewind_says_nothing_of_what_was_forgotten() -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest(system="Be brief."))
+        for number, text in enumerate(("one", "two", "three")):
+            await say(chat, text_turn(str(number), text))
+        await chat.rewind(Point(num_turns=1))
+        _, done = await say(chat, text_turn("next", "four"))
+        assert not done.history_rewritten
+        _, turns = await engine.get(LOCAL, chat.conversation_id)
+        assert "four" in await engine.detokenize(turns[1].prompt_ids, False)
+        await chat.rewind(Point(num_turns=0))
+        await say(chat, text_turn("anew", "five"))
+        _, (turn,) = await engine.get(LOCAL, chat.conversation_id)
+        assert (await engine.detokenize(turn.prompt_ids, False)).startswith("<|im_start|>system\nBe brief.")
+
+
+async def test_what_cannot_be_rewound_is_said_with_values() -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest(ConversationId("mine")))
+        await say(chat, ids_turn("0", [1, 2, 3], max_tokens=2))
+        await say(chat, text_turn("1", "hello"))
+        _, turns = await engine.get(LOCAL, chat.conversation_id)
+        behind = 5 + len(turns[1].prompt_ids)
+        end = behind + 12
+        refusals = [
+            (
+                Point(num_tokens=end + 1),
+                f"mine has {end} tokens; give a number from 0 to that, not {end + 1}",
+            ),
+            (Point(num_tokens=-1), f"mine has {end} tokens; give a number from 0 to that, not -1"),
+            (Point(num_turns=3), "mine has 2 turns; give a number from 0 to that, not 3"),
+            (Point(), "a point is a number of turns or of tokens; neither was given for mine"),
+            (Point(1, 1), "a point is a number of turns or of tokens; both was given for mine"),
+            (
+                Point(num_tokens=7),
+                "token 7 of mine lies inside the messages of turn number 1; "
+                f"the nearest points are tokens 5 and {behind}",
+            ),
+        ]
+        for point, text in refusals:
+            for operation in (
+                chat.rewind(point),
+                engine.fork(LOCAL, ForkRequest(ConversationId("mine"), at=point)),
+            ):
+                with pytest.raises(InvalidRequest) as refused:
+                    await operation
+                assert str(refused.value) == text
+        await chat.turn(ids_turn("2", [1], max_tokens=500))
+        with pytest.raises(
+            Conflict, match="turn 2 is in flight in mine; wait for its turn_done or cancel it"
+        ):
+            await chat.rewind(Point(num_turns=0))
+        await chat.cancel(TurnId("2"), keep=False)
+        assert (await chat.rewind(Point(num_turns=0))).committed_turns == 0
+
+
+async def test_nothing_else_happens_to_a_conversation_while_it_is_rewound() -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest(ConversationId("mine")))
+        await talked(chat)
+        rewinding = asyncio.create_task(chat.rewind(Point(num_turns=1)))
+        await asyncio.sleep(0)
+        for operation in (chat.turn(ids_turn("x", [1])), chat.rewind(Point(num_turns=0))):
+            with pytest.raises(Conflict, match="mine is being rewound; try again when that is answered"):
+                await operation
+        rewinding.cancel()  # its stream is gone: what the log does, memory follows
+        with pytest.raises(asyncio.CancelledError):
+            await rewinding
+        await until(lambda: chat._live.idle.is_set())
+        assert chat._live.committed_tokens == 22
+        record, turns = await engine.get(LOCAL, chat.conversation_id)
+        assert (record.num_turns, record.num_tokens, len(turns)) == (1, 22, 1)
+
+
+async def test_a_rewind_that_the_log_refuses_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        history = await talked(chat)
+
+        def full(*_: object) -> None:
+            raise DataDirError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("engine.log_statements._cut", full)
+            with pytest.raises(DataDirError, match="the disk is full"):
+                await chat.rewind(Point(num_turns=1))
+        assert (await say(chat, ids_turn("x", [1])))[0] == expected([*history, 1])
+
+
+@pytest.mark.parametrize("place", [None, 0, 9, 16, 22, 27, 32, 33, 66])
+async def test_a_fork_shares_every_full_block_and_goes_its_own_way(place: int | None, tmp_path: Path) -> None:
+    engine, runner, manager = fake_engine(tmp_path)
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest(labels={"app": "test"}))
+        whole = await talked(chat)
+        history = whole[:place]
+        before, free = runner.num_computed, manager.pool.num_free
+        at = None if place is None else Point(num_tokens=place)
+        record = await engine.fork(LOCAL, ForkRequest(chat.conversation_id, at=at))
+        assert (record.parent, record.forked_at, record.num_tokens) == (
+            chat.conversation_id,
+            len(history),
+            len(history),
+        )
+        assert record.labels == {"app": "test"}
+        fork = await engine.resume(LOCAL, ResumeRequest(record.id, record.resume_token))
+        assert (fork.committed_tokens, fork.committed_turns) == (len(history), -(-len(history) // 22))
+        assert (runner.num_computed, manager.pool.num_free) == (before, free), "no KV is made or copied"
+        ids, done = await say(fork, ids_turn("x", [7, 8]))
+        assert ids == expected([*history, 7, 8])
+        assert runner.num_computed - before <= BLOCK_SIZE - 1 + 2 + 11
+        assert done.usage.recomputed_tokens <= BLOCK_SIZE - 1
+        ids, _ = await say(chat, ids_turn("x", [9]))
+        assert ids == expected([*whole, 9])
+        manager.check()
+        await engine.delete(LOCAL, chat.conversation_id)
+        assert (await engine.get(LOCAL, record.id))[0].num_tokens == len(history) + 14
+        more, _ = await say(fork, ids_turn("y", [3]))
+        assert more == expected([*history, 7, 8, *expected([*history, 7, 8]), 3])
+
+
+async def test_a_fork_with_an_id_of_ones_own_is_safe_to_repeat() -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest(ConversationId("mine")))
+        await talked(chat)
+        request = ForkRequest(
+            chat.conversation_id, ConversationId("other"), Point(num_turns=2), labels={"a": "b"}
+        )
+        first = await engine.fork(LOCAL, request)
+        assert first.labels == {"a": "b"}
+        assert await engine.fork(LOCAL, request) == first
+        for changed in (replace(request, at=None), replace(request, new_id=ConversationId("mine"))):
+            with pytest.raises(AlreadyExists, match="conversation id .* is taken; choose another or none"):
+                await engine.fork(LOCAL, changed)
+        with pytest.raises(InvalidRequest, match="conversation id '' has 0 characters; use 1 to 128 print"):
+            await engine.fork(LOCAL, replace(request, new_id=ConversationId("")))
+        for tenant, id in ((Tenant("stranger"), "mine"), (LOCAL, "nobody")):
+            with pytest.raises(
+                NotFound, match=f"there is no conversation {id}; open a new one or list yours"
+            ):
+                await engine.fork(tenant, ForkRequest(ConversationId(id)))
+        await engine.drain(0)
+        with pytest.raises(Draining):
+            await engine.fork(LOCAL, request)
+
+
+async def test_a_fork_is_of_what_is_committed_while_a_turn_is_in_flight() -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        history = await talked(chat)
+        await chat.regenerate(again("x", "1", max_tokens=900))
+        await read(chat, 3)
+        record = await engine.fork(LOCAL, ForkRequest(chat.conversation_id))
+        await chat.cancel(TurnId("x"), keep=True)
+        fork = await engine.resume(LOCAL, ResumeRequest(record.id))
+        assert (await say(fork, ids_turn("x", [1])))[0] == expected([*history, 1])
+
+
+async def test_numbers_of_events_go_on_behind_those_of_the_turns_a_fork_began_with() -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        first, told = await say(chat, ids_turn("0", [1, 2]))
+        record = await engine.fork(LOCAL, ForkRequest(chat.conversation_id))
+        fork = await engine.resume(LOCAL, ResumeRequest(record.id, after_seq=0))
+        assert await until_done(fork) == (first, told)
+        _, done = await say(fork, ids_turn("1", [3]))
+        assert done.seq > told.seq
