@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.tools.conftest import ROOT
+from tests.tools.conftest import ROOT, command
 from tests.tools.talking_models import REPLY
 from tests.tools.terminal import pids_of
 
@@ -18,6 +18,20 @@ def test_piped_it_answers_each_line_and_prints_nothing_else(serve, continuo, tal
     ended = continuo("chat", "--server", server.address, input="One.\n\nTwo.\nThree.")
     assert (ended.returncode, ended.stdout) == (0, f"{REPLY}\n" * 3)
     assert RESUME.fullmatch(ended.stderr)
+
+
+def test_what_is_no_text_is_replaced_and_answered(serve, environment, talking_model):
+    server = serve(talking_model)
+    for encoding in ("utf-8", "ascii", "utf-8:surrogateescape"):
+        ended = subprocess.run(
+            command("chat", "--server", server.address),
+            cwd=ROOT,
+            env={**environment, "PYTHONIOENCODING": encoding},
+            input=b"\xff\xfe\n",
+            capture_output=True,
+            timeout=60,
+        )
+        assert (ended.returncode, ended.stdout) == (0, f"{REPLY}\n".encode()), ended.stderr
 
 
 def test_a_conversation_goes_on_by_its_id_also_with_another_server_process(serve, continuo, talking_model):

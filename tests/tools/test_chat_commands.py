@@ -8,7 +8,7 @@ import pytest
 from rpc.client import OutOfRange, Unavailable
 from tests.tools.fake_chat import FakeClient, FakeScreen
 from tools.chat import converse
-from tools.chat.commands import COMMANDS, complete, parse
+from tools.chat.commands import COMMANDS, NUM_LISTED, complete, parse
 from tools.chat.talk import Talk
 
 
@@ -84,6 +84,15 @@ async def test_a_number_names_a_conversation_of_the_last_list():
     assert lines[0].endswith("2 turns      66 tokens  on c-1")
 
 
+async def test_a_long_list_says_that_there_are_more():
+    ids = [f"c-{number}" for number in range(NUM_LISTED + 1)]
+    _, screen = await chat("/list", client=FakeClient(*ids))
+    lines = screen.notes[0].splitlines()
+    assert len(lines) == NUM_LISTED + 1 and lines[-1].endswith("... and older ones")
+    _, screen = await chat("/list", client=FakeClient(*ids[1:]))
+    assert len(screen.notes[0].splitlines()) == NUM_LISTED
+
+
 async def test_help_names_every_command_and_statistics_the_whole_conversation():
     _, screen = await chat("/help", "/open c-1", "/stats")
     assert all(f"/{name}" in screen.notes[0] for name in COMMANDS)
@@ -110,6 +119,7 @@ async def test_quit_ends_the_chat():
         ("/set warmth=1", "'warmth=1' is not NAME=VALUE with a name out of temperature, top_k,"),
         ("/set temperature", "'temperature' is not NAME=VALUE"),
         ("/set temperature=hot", "temperature cannot be hot"),
+        ("/set temperature=null", "temperature cannot be null"),
         ("/set stop='", '"stop=\'" cannot be read: No closing quotation'),
         ("/file /no/file", "/no/file cannot be read as text:"),
         ("/file /dev/null", "/dev/null is empty"),
@@ -122,10 +132,10 @@ async def test_a_command_that_cannot_work_is_told_in_one_line_and_the_chat_goes_
     assert client.calls[-1] == ("say", "c-new", "Hello")
 
 
-@pytest.mark.parametrize("argument", ["3", "-1", "one"])
+@pytest.mark.parametrize("argument", ["0", "3", "-1", "one"])
 async def test_no_more_turns_are_taken_back_than_there_are(argument):
     client, screen = await chat("/open c-1", f"/rewind {argument}")
-    assert screen.errors == [f"{argument!r} is not a number of turns up to 2, which is how many there are"]
+    assert screen.errors == [f"{argument!r} is not a number of turns from 1 to 2, as many as there are"]
     assert client.calls == []
 
 

@@ -143,6 +143,28 @@ def test_a_dumb_terminal_gets_neither_colours_nor_control_sequences(serve, termi
     assert REPLY in shown and "\x1b" not in shown
 
 
+def test_a_conversation_that_another_took_over_is_taken_back_by_the_next_word(
+    serve, continuo, terminal_chat, talking_model
+):
+    server = serve(talking_model)
+    chat = terminal_chat("--server", server.address)
+    chat.until("›")
+    chat.press("One.\r")
+    chat.until(" left")
+    chat.press("/list\r")
+    id = re.search(r"c-\w+", chat.until("turn"))[0]
+    ended = continuo("chat", "--server", server.address, "--conversation", id, input="Two.\n")
+    assert ended.returncode == 0
+    chat.until("›")
+    chat.press("Three.\r")
+    chat.until("another stream has attached")
+    chat.until("Three.")  # on the prompt again
+    chat.press("\r")
+    assert REPLY in chat.until(" left")
+    chat.press("/stats\r")
+    chat.until("3 turns, ")
+
+
 def test_ctrl_c_gives_up_a_server_that_does_not_come_back(serve, terminal_chat, endless_model):
     server = serve(endless_model)
     chat = terminal_chat("--server", server.address)

@@ -6,6 +6,7 @@ torch nor the engine, so that it runs where only the client is installed.
 """
 
 import asyncio
+import io
 import os
 import random
 import shlex
@@ -39,6 +40,9 @@ def run(chosen: Namespace) -> int:
 
 
 def _screen(data_dir: Path | None) -> Screen:
+    for stream in (sys.stdin, sys.stdout):  # what is no text in the user's encoding must not end the chat
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return Pipe()
     plain = os.environ.get("TERM", "") in ("", "dumb")

@@ -56,7 +56,7 @@ def complete(text: str) -> list[str]:
 
 async def _rewind(talk: Talk, argument: str) -> None:
     chat = talk.begun()
-    stay = _turns_before(chat.committed_turns, argument or "1")
+    stay = _turns_before(chat.committed_turns, argument or "1", fewest=1)
     _, turns = await talk.client.get(chat.id)
     await chat.rewind(turns=stay)
     talk.screen.note(f"back to {count(stay, 'turn')}, {count(chat.committed_tokens, 'token')}")
@@ -71,7 +71,7 @@ async def _regenerate(talk: Talk, argument: str) -> None:
 
 async def _fork(talk: Talk, argument: str) -> None:
     chat = talk.begun()
-    stay = _turns_before(chat.committed_turns, argument or "0")
+    stay = _turns_before(chat.committed_turns, argument or "0", fewest=0)
     fork = await chat.fork(turns=stay)
     talk.leave()
     talk.chat = fork
@@ -112,11 +112,12 @@ async def _new(talk: Talk, argument: str) -> None:
 async def _list(talk: Talk, argument: str) -> None:
     found: list[pb.Conversation] = []
     async for conversation in talk.client.list(page_size=NUM_LISTED):
-        if len(found) == NUM_LISTED:
-            break
         found.append(conversation)
-    talk.listed = [conversation.conversation_id for conversation in found]
-    talk.screen.note(listing(found, talk.id))
+        if len(found) > NUM_LISTED:
+            break
+    talk.listed = [conversation.conversation_id for conversation in found[:NUM_LISTED]]
+    more = "\n     ... and older ones" if len(found) > NUM_LISTED else ""
+    talk.screen.note(listing(found[:NUM_LISTED], talk.id) + more)
 
 
 async def _open(talk: Talk, argument: str) -> None:
@@ -164,9 +165,11 @@ COMMANDS = {
 }
 
 
-def _turns_before(committed: int, argument: str) -> int:
-    if not argument.isdecimal() or int(argument) > committed:
-        raise Mistake(f"{argument!r} is not a number of turns up to {committed}, which is how many there are")
+def _turns_before(committed: int, argument: str, fewest: int) -> int:
+    if not argument.isdecimal() or not fewest <= int(argument) <= committed:
+        raise Mistake(
+            f"{argument!r} is not a number of turns from {fewest} to {committed}, as many as there are"
+        )
     return committed - int(argument)
 
 
@@ -202,6 +205,8 @@ def _sampling(argument: str) -> dict[str, Any]:
             value = json.loads(text)
         except ValueError:
             value = text
+        if value is None:
+            raise Mistake(f"{name} cannot be {text}")
         if get_origin(_HINTS[name]) is list and not isinstance(value, list):
             value = [value]
         try:

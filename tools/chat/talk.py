@@ -43,11 +43,11 @@ class Talk:
         return self.chat
 
     async def say(self, text: str) -> None:
-        chat = await self.opened(text)
         # Said once more after a failure, it is the same turn, and cannot enter the history twice.
         turn_id = self._unanswered[1] if self._unanswered and self._unanswered[0] == text else _new_turn_id()
         self._unanswered = text, turn_id
         try:
+            chat = await self.opened(text)
             await self.answer(chat.say(text, turn_id=turn_id))
         except ContinuoError:
             self.screen.suggest(text)
