@@ -63,6 +63,18 @@ async def test_what_was_appended_is_computed_before_anybody_asks() -> None:
         manager.check()
 
 
+async def test_an_engine_that_keeps_no_kv_computes_nothing_ahead() -> None:
+    engine, _, _ = fake_engine(stateless=True)
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        await chat.turn(append_turn("1", list(range(100))))
+        await read(chat, 2)
+        other = await engine.open(LOCAL, OpenRequest())
+        await say(other, ids_turn("1", [1]))
+        _, done = await say(chat, ids_turn("2", [4]))
+        assert (done.usage.cached_device_tokens, done.usage.new_tokens) == (0, 101)
+
+
 async def test_an_append_is_replayed_when_it_is_repeated_and_survives_a_restart(tmp_path: Path) -> None:
     engine, _, _ = fake_engine(tmp_path)
     async with engine:
