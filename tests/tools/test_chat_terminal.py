@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -163,6 +164,18 @@ def test_a_conversation_that_another_took_over_is_taken_back_by_the_next_word(
     assert REPLY in chat.until(" left")
     chat.press("/stats\r")
     chat.until("3 turns, ")
+
+
+def test_no_color_is_heeded_and_what_was_typed_is_remembered(
+    serve, terminal_chat, talking_model, environment
+):
+    chat = terminal_chat("--server", serve(talking_model).address, NO_COLOR="1")
+    shown = chat.until("›")
+    chat.press("One.\r")
+    shown += chat.until(" left")
+    assert REPLY in shown and not re.search(r"\x1b\[[0-9;]*m", shown)
+    history = Path(environment["XDG_STATE_HOME"]) / "continuo" / "chat_history"
+    assert history.read_text() == '"One."\n'
 
 
 def test_ctrl_c_gives_up_a_server_that_does_not_come_back(serve, terminal_chat, endless_model):
