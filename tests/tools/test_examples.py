@@ -8,12 +8,16 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 from google.protobuf import json_format, symbol_database
+from google.protobuf.message import Message
 
 from rpc._generated import continuo_pb2 as pb
+from rpc._generated import continuo_pb2_grpc as pb_grpc
 from tests.tools.conftest import ROOT
 from tests.tools.talking_models import REPLY
 
@@ -122,14 +126,33 @@ def test_grpcurl_sh_runs(serve, example, talking_model):
     assert '"FINISH_REASON_APPENDED"' in shown and shown.count(f'"{REPLY}"') == 3
 
 
-def test_grpcurl_sh_names_methods_and_fields_that_exist():
+def calls_of_grpcurl_sh() -> Iterator[tuple[str, str, list[Message]]]:
+    """Service, method and requests of each line, as the descriptors have them."""
     script = (EXAMPLES / "grpcurl.sh").read_text().replace("\\\n", " ")
-    calls = [shlex.split(line)[1:] for line in script.splitlines() if line.startswith("call ")]
-    assert {service.split("/")[1] for service, *_ in calls} >= {"Converse", "Generate", "Fork", "Get", "List"}
-    for name, *requests in calls:
-        service, method = name.split("/")
-        described = pb.DESCRIPTOR.services_by_name[service].methods_by_name[method]
-        kind = symbol_database.Default().GetSymbol(described.input_type.full_name)
-        assert len(requests) == 1 or described.client_streaming
-        for request in requests:
-            json_format.Parse(request, kind())
+    for line in script.splitlines():
+        if line.startswith("call "):
+            _, name, *requests = shlex.split(line)
+            service, method = name.split("/")
+            described = pb.DESCRIPTOR.services_by_name[service].methods_by_name[method]
+            kind = symbol_database.Default().GetSymbol(described.input_type.full_name)
+            assert len(requests) == 1 or described.client_streaming
+            yield service, method, [json_format.Parse(request, kind()) for request in requests]
+
+
+def test_the_calls_of_grpcurl_sh_do_what_they_say(serve, talking_model):
+    """Each as grpcurl would make it, which sends all requests at once and then nothing more."""
+    server, answers = serve(talking_model), []
+    with grpc.insecure_channel(server.address) as channel:
+        stubs = {name: getattr(pb_grpc, f"{name}Stub")(channel) for name in ("Conversations", "Engine")}
+        for service, method, requests in calls_of_grpcurl_sh():
+            call = getattr(stubs[service], method)
+            answer = call(iter(requests) if method == "Converse" else requests[0], timeout=30)
+            answers += answer if method in ("Converse", "Generate") else [answer]
+    shown = "\n".join(map(str, answers))
+    assert "error {" not in shown and "turn_failed {" not in shown
+    events = [answer for answer in answers if isinstance(answer, pb.ServerEvent)]
+    done = [event.turn_done for event in events if event.HasField("turn_done")]
+    assert [turn.turn_id for turn in done] == ["t-1", "t-2", "t-3"]
+    (got,) = (answer for answer in answers if isinstance(answer, pb.GetResponse))
+    assert [turn.turn_id for turn in got.turns] == ["t-1"] and got.conversation.parent_id == "by-hand"
+    assert sum(isinstance(answer, pb.DeleteResponse) for answer in answers) == 2
