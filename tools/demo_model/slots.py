@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tools.demo_model.values import COUNTED, EVENTS, LISTS, NUMBERED, PEOPLE, PETS, THINGS, WORDS, Pool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is the only one about its subject, and a key of many dicts
 class Slot:
     """One thing that can be known; in its clauses `{v}` is where the value goes."""
 
