@@ -84,8 +84,7 @@ async def _run(chosen: Namespace, screen: Screen, token: str | None, tls: Path |
 async def _own_server(chosen: Namespace) -> ServerProcess:
     is_hub_id = isinstance(chosen.model, str)
     return await ServerProcess.start(
-        *(chosen.model if is_hub_id else str(chosen.model.resolve()), *_hub_arguments(chosen)),
-        *("--listen", "127.0.0.1:0", "--data-dir", str(chosen.data_dir or "none")),
+        *(*_model_arguments(chosen), "--listen", "127.0.0.1:0"),
         show_log=_show_download if is_hub_id and sys.stderr.isatty() else None,
     )
 
@@ -157,16 +156,20 @@ def _on_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
 
 
 def _command(chosen: Namespace, id: str) -> str:
-    """The command that resumes this conversation."""
+    """The command that resumes this conversation, from whatever folder."""
     words = ["continuo", "chat", "--conversation", id]
     if chosen.model is not None:
-        words += [str(chosen.model), *_hub_arguments(chosen), "--data-dir", str(chosen.data_dir)]
+        words += _model_arguments(chosen)
     else:
         words += ["--server", chosen.server]
     for flag, value in (("--token-file", chosen.token_file), ("--tls-ca", chosen.tls_ca)):
-        words += [flag, str(value)] if value else []
+        words += [flag, str(value.absolute())] if value else []
     return shlex.join(words)
 
 
-def _hub_arguments(chosen: Namespace) -> list[str]:
-    return (["--revision", chosen.revision] if chosen.revision else []) + ["--offline"] * chosen.offline
+def _model_arguments(chosen: Namespace) -> list[str]:
+    """What is served, and where its conversations are kept, as arguments."""
+    words = [chosen.model if isinstance(chosen.model, str) else str(chosen.model.resolve())]
+    words += ["--revision", chosen.revision] if chosen.revision else []
+    words += ["--offline"] if chosen.offline else []
+    return [*words, "--data-dir", str(chosen.data_dir or "none")]
