@@ -9,12 +9,14 @@ before and after every run, and each run is judged by the better of the two.
 
 import argparse
 import asyncio
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from engine import EngineConfig, load_engine
 from engine.models.config import ModelConfig
+from engine.models.weights import expected_tensors
 from engine.types import Delta, OpenRequest, SamplingParams, Tenant, TurnDone, TurnId, TurnRequest
 from tools.measure import DramRead, median, model_of_shape, write_result
 from tools.workload import prompt_ids
@@ -77,11 +79,13 @@ async def _measure(shape: str, folder: Path, context: int, repeats: int) -> dict
 
 
 def weight_bytes(model: ModelConfig) -> int:
-    """What a step reads in bfloat16: every linear, and the head; one row of the embedding is nothing."""
-    rows = model.head_dim * (model.num_heads + 2 * model.num_kv_heads)
-    attention = rows * model.hidden_size + model.num_heads * model.head_dim * model.hidden_size
-    per_layer = attention + 3 * model.ffn_size * model.hidden_size
-    return 2 * (model.num_layers * per_layer + model.vocab_size * model.hidden_size)
+    """What a step reads in bfloat16: every matrix but those of which it only looks up rows."""
+    looked_up = ["embed_positions.weight", *([] if model.tied_embeddings else ["embed_tokens.weight"])]
+    return sum(
+        2 * math.prod(shape)
+        for name, shape in expected_tensors(model).items()
+        if len(shape) == 2 and not name.endswith(tuple(looked_up))
+    )
 
 
 def kv_bytes(model: ModelConfig, tokens: int) -> int:
