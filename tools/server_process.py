@@ -2,15 +2,12 @@
 
 import asyncio
 import contextlib
-import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Self
 
 ROOT = Path(__file__).resolve().parents[1]
-LOG_INTERVAL_S = 0.1
 
 
 class ServerFailed(Exception):
@@ -29,11 +26,8 @@ class ServerProcess:
         self._log = log
 
     @classmethod
-    async def start(cls, *arguments: str, show_log: Callable[[bytes], object] | None = None) -> Self:
-        """Returns once it listens, on `address`.  Raises ServerFailed with the server's own last words.
-
-        `show_log` gets what it says on stderr until then, which may be the progress of a download.
-        """
+    async def start(cls, *arguments: str) -> Self:
+        """Returns once it listens, on `address`.  Raises ServerFailed with the server's own last words."""
         log = tempfile.TemporaryFile()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "tools.cli", "serve", "--until-eof", *arguments),
@@ -44,16 +38,12 @@ class ServerProcess:
             start_new_session=True,  # Ctrl-C at the terminal is not meant for it
         )
         server = cls(process, log)
-        showing = asyncio.create_task(server._follow_log(show_log)) if show_log else None
         try:
             await server._wait_until_ready()
         except BaseException:
             await server.kill()
             log.close()
             raise
-        finally:
-            if showing is not None:
-                showing.cancel()
         return server
 
     async def __aenter__(self) -> Self:
@@ -91,14 +81,6 @@ class ServerProcess:
             code = await self._process.wait()
             raise ServerFailed(f"the server did not start: {self._last_words(code)}")
         self.address = line.removeprefix("listening on ").strip()
-
-    async def _follow_log(self, show: Callable[[bytes], object]) -> None:
-        position = 0
-        while True:
-            said = os.pread(self._log.fileno(), 1 << 16, position)  # moves nobody's place in the file
-            position += len(said)
-            show(said)
-            await asyncio.sleep(LOG_INTERVAL_S)
 
     def _last_words(self, code: int) -> str:
         self._log.seek(0)

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.tools.conftest import ROOT, command
+from tests.tools.fake_hub import FakeHub, running
 from tests.tools.talking_models import REPLY
 from tests.tools.terminal import pids_of
 
@@ -77,6 +78,15 @@ def test_a_model_that_cannot_be_served_says_why(continuo, tmp_path):
     ended = continuo("chat", tmp_path, input="One.\n")
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.startswith(f"error: the server did not start: {tmp_path} has no config.json")
+
+
+def test_a_model_that_the_hub_does_not_have_is_named_before_a_server_is_started(continuo, environment):
+    with running(FakeHub({})) as hub:
+        environment |= {"HF_ENDPOINT": hub.endpoint}
+        ended = continuo("chat", "org/name", input="One.\n")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"error: there is no model org/name at {hub.endpoint}")
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_an_unknown_conversation_and_a_full_context_are_told(serve, continuo, talking_model):

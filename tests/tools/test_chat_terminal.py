@@ -126,8 +126,9 @@ def test_a_model_from_the_hub_shows_its_download_and_is_named_in_the_farewell(
         chat = terminal_chat(
             MODEL, "--revision", COMMIT, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "hub"), HF_TOKEN=""
         )
-        chat.until(f"starting a server for {MODEL}")
         chat.until(f"downloading {MODEL}")
+        chat.until(f"downloaded {MODEL}")
+        chat.until(f"starting a server for {MODEL}")
         chat.until("›")
         chat.press("One.\r")
         assert REPLY in chat.until(" left")

@@ -1,8 +1,8 @@
 """`continuo chat`: a conversation in the terminal, with a server that is there or with one started for it.
 
 `talk` holds the conversation, `commands` is what begins with a slash, `screen` is a terminal or a pipe,
-`line_editor` the keyboard, `wording` the sentences.  It needs what the client needs and no more: neither
-torch nor the engine, so that it runs where only the client is installed.
+`line_editor` the keyboard, `wording` the sentences.  With a server that is there it needs what the client
+needs and no more: neither torch nor the engine, so that it runs where only the client is installed.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from tools.server_process import ServerFailed, ServerProcess
 
 
 class NoServer(Exception):
-    """Nobody listens where the server should be."""
+    """Nobody listens where the server should be, or none can be started."""
 
 
 EXPECTED: tuple[type[Exception], ...] = (UsageError, NoServer, ServerFailed, ContinuoError)
@@ -36,7 +36,24 @@ USAGE: tuple[type[Exception], ...] = (UsageError,)
 
 def run(chosen: Namespace) -> int:
     token, tls = credentials(chosen)
-    return asyncio.run(_run(chosen, _screen(chosen.data_dir), token, tls))
+    if isinstance(chosen.model, str):
+        folder = _fetched(chosen.model, chosen.revision, chosen.offline)
+    else:
+        folder = chosen.model and chosen.model.resolve()
+    return asyncio.run(_run(chosen, folder, _screen(chosen.data_dir), token, tls))
+
+
+def _fetched(hub_id: str, revision: str | None, offline: bool) -> Path:
+    """The folder of a model from the hub; its download is shown here, not hidden in the server's log."""
+    from engine.errors import EngineError
+    from tools import logs
+    from tools.hub import HubError, resolve_model
+
+    logs.configure("info" if sys.stderr.isatty() else "warning", as_json=False)
+    try:
+        return resolve_model(hub_id, revision, offline)
+    except (EngineError, HubError) as error:
+        raise NoServer(str(error)) from None
 
 
 def _screen(data_dir: Path | None) -> Screen:
@@ -52,7 +69,10 @@ def _screen(data_dir: Path | None) -> Screen:
     )
 
 
-async def _run(chosen: Namespace, screen: Screen, token: str | None, tls: Path | bool) -> int:
+async def _run(
+    chosen: Namespace, folder: Path | None, screen: Screen, token: str | None, tls: Path | bool
+) -> int:
+    """`folder`: of the model for a server of one's own."""
     address, server = chosen.server, None
 
     def jitter() -> float:
@@ -63,9 +83,11 @@ async def _run(chosen: Namespace, screen: Screen, token: str | None, tls: Path |
         return random.random()
 
     async with AsyncExitStack() as stack:
-        if chosen.model is not None:
+        if folder is not None:
             screen.note(f"starting a server for {chosen.model} ...")
-            server = await stack.enter_async_context(await _own_server(chosen))
+            arguments = (str(folder), "--listen", "127.0.0.1:0", "--data-dir", str(chosen.data_dir or "none"))
+            server = await ServerProcess.start(*arguments)
+            await stack.enter_async_context(server)
             address = server.address
         client = ContinuoClient(address, token=token, tls=tls, jitter=jitter)
         await stack.enter_async_context(client)
@@ -79,19 +101,6 @@ async def _run(chosen: Namespace, screen: Screen, token: str | None, tls: Path |
             if talk.is_kept and not (chosen.model is not None and chosen.data_dir is None):
                 screen.farewell(f"To go on: {_command(chosen, talk.id)}")
     return 0
-
-
-async def _own_server(chosen: Namespace) -> ServerProcess:
-    is_hub_id = isinstance(chosen.model, str)
-    return await ServerProcess.start(
-        *(*_model_arguments(chosen), "--listen", "127.0.0.1:0"),
-        show_log=_show_download if is_hub_id and sys.stderr.isatty() else None,
-    )
-
-
-def _show_download(said: bytes) -> None:
-    sys.stderr.buffer.write(said)
-    sys.stderr.flush()
 
 
 async def _greet(client: ContinuoClient, screen: Screen, address: str) -> None:
@@ -159,17 +168,12 @@ def _command(chosen: Namespace, id: str) -> str:
     """The command that resumes this conversation, from whatever folder."""
     words = ["continuo", "chat", "--conversation", id]
     if chosen.model is not None:
-        words += _model_arguments(chosen)
+        words += [chosen.model if isinstance(chosen.model, str) else str(chosen.model.resolve())]
+        words += ["--revision", chosen.revision] if chosen.revision else []
+        words += ["--offline"] if chosen.offline else []
+        words += ["--data-dir", str(chosen.data_dir)]
     else:
         words += ["--server", chosen.server]
     for flag, value in (("--token-file", chosen.token_file), ("--tls-ca", chosen.tls_ca)):
         words += [flag, str(value.absolute())] if value else []
     return shlex.join(words)
-
-
-def _model_arguments(chosen: Namespace) -> list[str]:
-    """What is served, and where its conversations are kept, as arguments."""
-    words = [chosen.model if isinstance(chosen.model, str) else str(chosen.model.resolve())]
-    words += ["--revision", chosen.revision] if chosen.revision else []
-    words += ["--offline"] if chosen.offline else []
-    return [*words, "--data-dir", str(chosen.data_dir or "none")]
