@@ -1,4 +1,4 @@
-"""Conversations of twenty turns through the engine, text in and text out: what the history holds is what the
+"""Conversations of twenty turns through the server, text in and text out: what the history holds is what the
 chat template would write, or the turn says that it is not.
 
 The model is random, so that its replies hold whatever a vocabulary can hold: half characters, control tokens,
@@ -23,8 +23,9 @@ from engine.loader import load_engine
 from engine.text.chat_template import ChatTemplate
 from engine.text.past import sampled_message
 from engine.text.tokenizer import Tokenizer
-from engine.types import Message, OpenRequest, SamplingParams, TurnId, TurnRequest
-from tests.engine.harness import LOCAL, say
+from engine.types import Message
+from rpc.client import ContinuoClient
+from tests.rpc.conftest import running
 from tests.text.conftest import SPECIMENS, train_byte_fallback, train_byte_level
 from tools.random_model import write_random_model
 
@@ -77,20 +78,23 @@ async def converse(folder: Path, said: Sequence[str]) -> tuple[int, int]:
     template, is_byte_level = ChatTemplate(tokenizer), not tokenizer.drops_space(None)
     past: list[Message] = []
     num_true, num_ended, rewritten = 0, 0, False
-    async with load_engine(config) as engine:
-        chat = await engine.open(LOCAL, OpenRequest())
+    async with (
+        load_engine(config) as engine,
+        running(engine) as server,
+        ContinuoClient(server.address) as client,
+    ):
+        chat = await client.open()
         for number, text in enumerate(said):
             new = Message("user", text)
             cut_short = number % 3 == 0
-            sampling = SamplingParams(temperature=1.0, max_tokens=10, seed=number, ignore_eos=cut_short)
-            _, done = await say(chat, TurnRequest(TurnId(str(number)), (new,), sampling=sampling))
-            record, turns = await engine.get(LOCAL, chat.conversation_id)
-            ids = [id for turn in turns for id in (*turn.prompt_ids, *turn.reply_ids)]
-            usage, reply = done.usage, turns[-1].reply_ids
+            done = await chat.say(text, temperature=1.0, max_tokens=10, seed=number, ignore_eos=cut_short)
+            record, turns = await client.get(chat.id)
+            ids = [id for turn in turns for id in (*turn.prompt_token_ids, *turn.reply_token_ids)]
+            usage, reply = done.usage, done.token_ids
             assert len(ids) == done.committed_tokens
             assert usage.prompt_tokens == len(ids) - len(reply)
             assert usage.cached_device_tokens + usage.new_tokens == usage.prompt_tokens
-            assert usage.cached_device_tokens >= usage.prompt_tokens - len(turns[-1].prompt_ids) - 1
+            assert usage.cached_device_tokens >= usage.prompt_tokens - len(turns[-1].prompt_token_ids) - 1
 
             held = tokenizer.decode(ids[: len(ids) - len(reply)], skip_special=False)
             full = template.render([*past, new], add_generation_prompt=True, now=record.created_at)
@@ -101,7 +105,7 @@ async def converse(folder: Path, said: Sequence[str]) -> tuple[int, int]:
             assert held == full or rewritten
             num_true += held == full
             num_ended += reply[-1] in tokenizer.special_ids
-            past += [new, sampled_message(tokenizer, reply, turns[-1].prompt_ids[-1])]
+            past += [new, sampled_message(tokenizer, reply, turns[-1].prompt_token_ids[-1])]
     return num_true, num_ended
 
 
