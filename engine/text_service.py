@@ -11,7 +11,7 @@ from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.kinds import KindTracker, Marks
 from engine.text.next_prompt import TurnPrompt, next_prompt
-from engine.text.past import Past, PastTurn, sent_messages
+from engine.text.past import Past, PastTurn
 from engine.text.tokenizer import Tokenizer
 from engine.types import Message, RewritePolicy, SamplingParams
 
@@ -80,8 +80,6 @@ class TextService:
             raise InvalidRequest("this model has no chat template; send token_ids instead of text")
         if past.num_tokens != len(tokens):
             raise InvariantError(f"the past knows {past.num_tokens} tokens of {len(tokens)}")
-        if new and not past.messages:
-            new = sent_messages(system, new)
         return await self._run(
             lambda: next_prompt(
                 template,
@@ -89,6 +87,7 @@ class TextService:
                 past,
                 new,
                 now=now,
+                system=system,
                 tools=tools,
                 wants_reply=wants_reply,
                 policy=policy,

@@ -17,7 +17,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import InvalidRequest, ModelFolderError
-from engine.text.messages import as_values, tools_as_values
+from engine.text.messages import as_value, tools_as_values
 from engine.text.tokenizer import Tokenizer
 from engine.types import Message
 
@@ -52,7 +52,10 @@ class ChatTemplate:
         if it refuses the messages.
         """
         return self.render_values(
-            as_values(messages), tools_as_values(tools), add_generation_prompt=add_generation_prompt, now=now
+            [as_value(message, place) for place, message in enumerate(messages)],
+            tools_as_values(tools),
+            add_generation_prompt=add_generation_prompt,
+            now=now,
         )
 
     def render_values(
@@ -79,6 +82,10 @@ class ChatTemplate:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
 
 
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+_SAFE_OF_STRINGS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
+
+
 class _GenerationBlock(Extension):
     """`{% generation %}` marks replies for training; here its content is rendered as it stands."""
 
@@ -89,8 +96,22 @@ class _GenerationBlock(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As inherited: a safe attribute, else an item.
+
+        For the two common cases, fields of messages and methods of strings, that takes an AttributeError and
+        many checks each, most of the time of a long render.
+        """
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if type(obj) is str and attribute in _SAFE_OF_STRINGS:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json

@@ -6,24 +6,9 @@ trained with it.  Marks belong to their stretch.  The text passes through untouc
 
 from collections.abc import Sequence
 
+from engine.text.marks import INSIDE, MARKS
 from engine.text.tokenizer import Tokenizer
 from engine.types import ReplyKind
-
-_REASONING, _TOOL_CALL = ReplyKind.REASONING, ReplyKind.TOOL_CALL
-_MARKS = (  # kind, start, end; without an end the stretch goes on to the end of the reply
-    (_REASONING, "<think>", "</think>"),
-    (_REASONING, "<thinking>", "</thinking>"),
-    (_REASONING, "[THINK]", "[/THINK]"),
-    (_REASONING, "<seed:think>", "</seed:think>"),
-    (_TOOL_CALL, "<tool_call>", "</tool_call>"),
-    (_TOOL_CALL, "<|tool_call|>", "<|/tool_call|>"),
-    (_TOOL_CALL, "<|tool_call_start|>", "<|tool_call_end|>"),
-    (_TOOL_CALL, "<start_function_call>", "<end_function_call>"),
-    (_TOOL_CALL, "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
-    (_TOOL_CALL, "[TOOL_CALLS]", None),
-    (_TOOL_CALL, "<|python_tag|>", None),
-)
-_INSIDE = ("[ARGS]", "[CALL_ID]", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>")
 
 
 class Marks:
@@ -32,9 +17,9 @@ class Marks:
     def __init__(self, tokenizer: Tokenizer) -> None:
         template = tokenizer.chat_template or ""
         ids = {text: id for text, id in tokenizer.added_tokens.items() if text in template}
-        self.starts = {ids[start]: kind for kind, start, _ in _MARKS if start in ids}
-        self.ends = {ids[end]: kind for kind, start, end in _MARKS if start in ids and end in ids}
-        inside = {tokenizer.added_tokens[text] for text in _INSIDE if text in tokenizer.added_tokens}
+        self.starts = {ids[start]: kind for kind, start, _ in MARKS if start in ids}
+        self.ends = {ids[end]: kind for kind, start, end in MARKS if start in ids and end in ids}
+        inside = {tokenizer.added_tokens[text] for text in INSIDE if text in tokenizer.added_tokens}
         self.breaks = tokenizer.special_ids - self.starts.keys() - self.ends.keys() - inside
 
 

@@ -3,36 +3,63 @@
 What a client sends never becomes a control token: neither a content nor a name, a tool_call_id, a string
 or key inside tool_calls, or one inside the conversation's tools.  Each look-alike is bracketed with two
 characters that occur nowhere in what was sent, followed through the template, and encoded as plain text.
-In a reply only look-alikes that the model spelled out are bracketed: control tokens that it sampled stay.
+
+Replies differ in two ways, as templates take them apart by what the model wrote.  The marks of reasoning and
+tool calls in an assistant message are such marks, whoever sent it.  And in a reply that was sampled here only
+look-alikes that the model spelled out are bracketed: control tokens that it sampled stay.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import InvalidRequest
+from engine.text.tokenizer import Tokenizer
 from engine.types import Message
 
 Stretches = tuple[tuple[int, int], ...]  # (start, end) in a text, in order
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode reserves them for uses like this one
 
 
-def as_values(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages in the form that `transformers` gives to templates: what is not set is not there.
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A message in the form that `transformers` gives to templates, looked through once for all its renders.
 
-    Raises InvalidRequest, with the message's place, if a tool call is no JSON object.
+    `literal` are the stretches of its content that look like control tokens and are none.
     """
-    return [_as_value(message, place) for place, message in enumerate(messages)]
+
+    value: dict[str, Any]
+    literal: Stretches
+    has_lookalikes: bool  # in its content or elsewhere
+
+    @classmethod
+    def sent(cls, tokenizer: Tokenizer, message: Message, place: int) -> "Said":
+        """Raises InvalidRequest, with the message's place, if a tool call is no JSON object."""
+        value = as_value(message, place)
+        is_reply = message.role == "assistant"
+        pattern = tokenizer.lookalike_in_reply if is_reply else tokenizer.lookalike
+        literal = tuple(match.span() for match in pattern.finditer(message.content))
+        return cls(value, literal, bool(literal) or _holds(tokenizer.lookalike, _fields(value)))
+
+    @classmethod
+    def sampled(cls, tokenizer: Tokenizer, message: Message, ids: Sequence[int], after: int | None) -> "Said":
+        """A reply whose text these ids spell behind `after`."""
+        literal = tuple(match.span() for match in tokenizer.lookalike_in_reply.finditer(message.content))
+        if literal:
+            controls = set(tokenizer.control_tokens.values())
+            own = set()
+            for i, id in enumerate(ids):
+                if id in controls:
+                    start = len(tokenizer.decode(ids[:i], skip_special=False, after=after))
+                    own.add((start, start + len(tokenizer.decode([id], skip_special=False))))
+            literal = tuple(span for span in literal if span not in own)
+        return cls(as_value(message, 0), literal, bool(literal))
 
 
-def tools_as_values(tools: Sequence[str]) -> list[Any] | None:
-    """The conversation's tools in that form; None if there are none.  Raises InvalidRequest as above."""
-    return [_json_object(tool, f"tools[{i}]") for i, tool in enumerate(tools)] or None
-
-
-def _as_value(message: Message, place: int) -> dict[str, Any]:
+def as_value(message: Message, place: int) -> dict[str, Any]:
+    """The message as a template sees it: what is not set is not there.  Raises InvalidRequest as `sent`."""
     value: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.name is not None:
         value["name"] = message.name
@@ -44,6 +71,11 @@ def _as_value(message: Message, place: int) -> dict[str, Any]:
             for i, call in enumerate(message.tool_calls)
         ]
     return value
+
+
+def tools_as_values(tools: Sequence[str]) -> list[Any] | None:
+    """The conversation's tools in that form; None if there are none.  Raises InvalidRequest as above."""
+    return [_json_object(tool, f"tools[{i}]") for i, tool in enumerate(tools)] or None
 
 
 def _json_object(text: str, where: str) -> dict[str, Any]:
@@ -60,7 +92,7 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
 class Shield:
     """Brackets around look-alikes: put into messages and tools, taken out of what the template made of them.
 
-    `found` holds the distinct look-alikes.
+    `found` holds the distinct look-alikes; without any, nothing is bracketed.
     """
 
     left: str
@@ -70,45 +102,32 @@ class Shield:
     tools: list[Any] | None
 
     @classmethod
-    def over(
-        cls,
-        messages: Sequence[Mapping[str, Any]],
-        tools: list[Any] | None,
-        lookalike: re.Pattern[str],
-        spelled: Mapping[int, Stretches],
-    ) -> "Shield":
-        """`spelled` has the replies among the messages: by index, the look-alikes that the model spelled.
-
-        Raises InvalidRequest if no two characters are left for brackets.
-        """
-        texts = "".join([text for message in messages for text in _strings(message)] + [*_strings(tools)])
-        unused = [char for char in _NONCHARACTERS if char not in texts]
-        if len(unused) < 2:
-            raise InvalidRequest(
-                "the messages hold nearly all of the noncharacters U+FDD0 to U+FDEF; drop some"
-            )
-        left, right = unused[:2]
+    def over(cls, said: Sequence[Said], tools: list[Any] | None, lookalike: re.Pattern[str]) -> "Shield":
+        """Raises InvalidRequest if no two characters are left for brackets."""
+        values = [message.value for message in said]
+        if not any(message.has_lookalikes for message in said) and not _holds(lookalike, tools):
+            return cls("", "", frozenset(), values, tools)
+        left, right = unused_characters(2, values, tools)
         found: set[str] = set()
 
-        def enclose(match: re.Match[str]) -> str:
-            found.add(match[0])
-            return left + match[0] + right
+        def enclose(text: str) -> str:
+            found.add(text)
+            return left + text + right
 
         def bracket(text: str) -> str:
-            return lookalike.sub(enclose, text)
+            return lookalike.sub(lambda match: enclose(match[0]), text)
 
         guarded = []
-        for i, message in enumerate(messages):
-            if i in spelled:
-                text = message["content"]
-                found.update(text[start:end] for start, end in spelled[i])
-                guarded.append({**message, "content": _enclosed(text, spelled[i], left, right)})
-            else:
-                guarded.append({**_mapped(message, bracket), "role": message["role"]})
-        return cls(left, right, frozenset(found), guarded, _mapped(tools, bracket))
+        for message in said:
+            content = message.value["content"]
+            for start, end in reversed(message.literal):
+                content = content[:start] + enclose(content[start:end]) + content[end:]
+            guarded.append({**message.value, "content": content, **_mapped(_fields(message.value), bracket)})
+        tools = _mapped(tools, bracket)
+        return cls(left, right, frozenset(found), guarded, tools)
 
     def remove(self, text: str) -> str:
-        return text.replace(self.left, "").replace(self.right, "") if self.found else text
+        return text.replace(self.left, "").replace(self.right, "")
 
     def split(self, text: str) -> list[tuple[str, bool]]:
         """Pieces of a rendered text in order, each with whether it is to be read as plain text.
@@ -132,10 +151,28 @@ class Shield:
         )
 
 
+def unused_characters(count: int, *values: Any) -> list[str]:
+    """That many characters that occur in none of the values.  Raises InvalidRequest if there are not."""
+    text = json.dumps(values, ensure_ascii=False)
+    unused = [char for char in _NONCHARACTERS if char not in text][:count]
+    if len(unused) < count:
+        raise InvalidRequest("the messages hold nearly all of the noncharacters U+FDD0 to U+FDEF; drop some")
+    return unused
+
+
+def _fields(value: dict[str, Any]) -> dict[str, Any]:
+    """What a client sent of a message beside its role and content."""
+    return {name: part for name, part in value.items() if name not in ("role", "content")}
+
+
+def _holds(lookalike: re.Pattern[str], value: Any) -> bool:
+    return any(lookalike.search(text) for text in _strings(value))
+
+
 def _strings(value: Any) -> Iterable[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         for key, part in value.items():
             yield key
             yield from _strings(part)
@@ -147,14 +184,8 @@ def _strings(value: Any) -> Iterable[str]:
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {change(key): _mapped(part, change) for key, part in value.items()}
     if isinstance(value, list):
         return [_mapped(part, change) for part in value]
     return value
-
-
-def _enclosed(text: str, stretches: Stretches, left: str, right: str) -> str:
-    for start, end in reversed(stretches):
-        text = text[:start] + left + text[start:end] + right + text[end:]
-    return text

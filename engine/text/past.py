@@ -4,11 +4,12 @@ Built turn by turn, so that nothing is decoded twice.
 """
 
 import codecs
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from engine.errors import InvariantError
-from engine.text.messages import Stretches
+from engine.text.messages import Said
 from engine.text.tokenizer import Tokenizer
 from engine.types import FinishReason, Message, TurnRecord
 
@@ -33,7 +34,7 @@ class PastTurn:
 class Segment:
     """A run of committed tokens: one turn's prompt, or its reply.  `start` is its place in `Past.text`."""
 
-    ids: tuple[int, ...]
+    ids: "array[int]"
     after: int | None  # the id before it
     is_reply: bool
     first_token: int
@@ -74,23 +75,17 @@ class Given:
 
 @dataclass(slots=True)
 class Past:
-    """Committed messages and tokens of one conversation.
+    """Committed messages and tokens of one conversation."""
 
-    `spelled` has the replies: by index of the message, the look-alikes of control tokens that the model
-    spelled out.
-    """
-
-    messages: list[Message] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
     ends_with_reply: bool = False
     text: str = ""
     num_tokens: int = 0
     segments: list[Segment] = field(default_factory=list)
-    spelled: dict[int, Stretches] = field(default_factory=dict)
     given: Given = Given()
 
     def copy(self) -> "Past":
-        parts = list(self.messages), list(self.segments), dict(self.spelled)
-        return replace(self, messages=parts[0], segments=parts[1], spelled=parts[2])
+        return replace(self, said=list(self.said), segments=list(self.segments))
 
     def become(self, other: "Past") -> None:
         for part in fields(self):
@@ -100,18 +95,29 @@ class Past:
         """Take in the next committed turn; `system` is the conversation's, said with the first messages."""
         self._cut(tokenizer, turn.first_token)
         if turn.messages:
-            self.messages += sent_messages(system if not self.messages else None, turn.messages)
+            self.said += self.saying(tokenizer, system, turn.messages)
         else:
-            self.messages.append(Message("user", tokenizer.decode(turn.prompt_ids, skip_special=True)))
+            content = tokenizer.decode(turn.prompt_ids, skip_special=True)
+            self.said.append(Said.sent(tokenizer, Message("user", content), 0))
         self._append(tokenizer, turn.prompt_ids, is_reply=False)
         if not turn.messages:
-            self.given = Given(len(self.messages), self.num_tokens, len(self.text), turn.has_reply)
+            self.given = Given(len(self.said), self.num_tokens, len(self.text), turn.has_reply)
         self.ends_with_reply = turn.has_reply
         if turn.has_reply:
             after = turn.prompt_ids[-1] if turn.prompt_ids else self.last_id
-            self.spelled[len(self.messages)] = _spelled(tokenizer, turn.reply_ids, after)
-            self.messages.append(sampled_message(tokenizer, turn.reply_ids, after))
+            reply = sampled_message(tokenizer, turn.reply_ids, after)
+            self.said.append(Said.sampled(tokenizer, reply, turn.reply_ids, after))
             self._append(tokenizer, turn.reply_ids, is_reply=True)
+
+    def saying(self, tokenizer: Tokenizer, system: str | None, messages: Sequence[Message]) -> list[Said]:
+        """What a turn with these messages says: if it is the first to say anything, `system` before them.
+
+        Raises InvalidRequest if a tool call is no JSON object.
+        """
+        said = [Said.sent(tokenizer, message, place) for place, message in enumerate(messages)]
+        if system and not self.said:
+            said.insert(0, Said.sent(tokenizer, Message("system", system), 0))
+        return said
 
     def boundary(self, tokenizer: Tokenizer, place: int) -> tuple[int, int]:
         """The last token boundary at or before `place` in `text`: in tokens, and in characters.
@@ -143,10 +149,10 @@ class Past:
     def last_id(self) -> int | None:
         return self.segments[-1].ids[-1] if self.segments else None
 
-    def _append(self, tokenizer: Tokenizer, ids: tuple[int, ...], *, is_reply: bool) -> None:
+    def _append(self, tokenizer: Tokenizer, ids: Sequence[int], *, is_reply: bool) -> None:
         if not ids:
             return
-        segment = Segment(ids, self.last_id, is_reply, self.num_tokens, len(self.text))
+        segment = Segment(array("i", ids), self.last_id, is_reply, self.num_tokens, len(self.text))
         self.segments.append(segment)
         self.text += "".join(text for _, text in segment.spelled(tokenizer))
         self.num_tokens += len(ids)
@@ -165,36 +171,10 @@ class Past:
                 break
 
 
-def sent_messages(system: str | None, messages: Sequence[Message]) -> list[Message]:
-    """What a turn says, behind the conversation's system message if it is the first to say anything."""
-    return [Message("system", system), *messages] if system else list(messages)
-
-
 def sampled_message(tokenizer: Tokenizer, reply_ids: Sequence[int], after: int | None) -> Message:
     """The reply as the history holds it: all its text, less the special token that ended it.
 
     `after` is the last id of the turn's prompt.
     """
-    return Message(
-        "assistant", tokenizer.decode(_unended(tokenizer, reply_ids), skip_special=False, after=after)
-    )
-
-
-def _unended(tokenizer: Tokenizer, reply_ids: Sequence[int]) -> Sequence[int]:
-    return reply_ids[:-1] if reply_ids and reply_ids[-1] in tokenizer.special_ids else reply_ids
-
-
-def _spelled(tokenizer: Tokenizer, reply_ids: Sequence[int], after: int | None) -> Stretches:
-    """Where the reply's text looks like control tokens that were not sampled as such."""
-    kept = _unended(tokenizer, reply_ids)
-    text = tokenizer.decode(kept, skip_special=False, after=after)
-    looks = [match.span() for match in tokenizer.lookalike.finditer(text)]
-    if not looks:
-        return ()
-    controls = set(tokenizer.control_tokens.values())
-    sampled = set()
-    for i, id in enumerate(kept):
-        if id in controls:
-            start = len(tokenizer.decode(kept[:i], skip_special=False, after=after))
-            sampled.add((start, start + len(tokenizer.decode([id], skip_special=False))))
-    return tuple(span for span in looks if span not in sampled)
+    unended = reply_ids[:-1] if reply_ids and reply_ids[-1] in tokenizer.special_ids else reply_ids
+    return Message("assistant", tokenizer.decode(unended, skip_special=False, after=after))

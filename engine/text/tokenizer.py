@@ -17,6 +17,7 @@ from typing import Any, Literal
 import tokenizers
 
 from engine.errors import InvalidRequest, ModelFolderError
+from engine.text.marks import OF_REPLIES
 from engine.text.token_bytes import decode_rule
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -27,7 +28,7 @@ class Tokenizer:
 
     `special_ids` are the tokens that the tokenizer's files call special.  `control_tokens` (text -> id) are
     those plus the tags that the chat template itself writes: what the content of a message must never become;
-    `lookalike` finds their texts.
+    `lookalike` finds their texts, `lookalike_in_reply` all but the marks of reasoning and tool calls.
     `prompt_prefix_ids` (a BOS, or nothing) go before a prompt in plain text; a chat template writes its own.
     `fingerprint` changes with anything that changes the ids of a text.
     """
@@ -44,7 +45,10 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._added: dict[int, str] = {id: token.content for id, token in added.items()}
 
-        self._swallowing = _swallowing(added.values())
+        self._swallows_left = frozenset(token.content for token in added.values() if token.lstrip)
+        self._swallows_right = frozenset(token.content for token in added.values() if token.rstrip)
+        swallow = self._swallows_left | self._swallows_right
+        self._swallowing = _any_of(swallow) if swallow else None
         self._unicode_forms = _unicode_forms(json.loads(definition).get("normalizer"))
 
         self.chat_template = chat_template
@@ -61,7 +65,8 @@ class Tokenizer:
         }
         self.special_ids = frozenset(special.values())
         self.control_tokens = special | tags
-        self.lookalike = re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")  # (?!): nothing
+        self.lookalike = _any_of(self.control_tokens)
+        self.lookalike_in_reply = _any_of(self.control_tokens.keys() - OF_REPLIES)
         self._control_ids = frozenset(self.control_tokens.values())
         self.prompt_prefix_ids = _prefix_ids(self._backend)
         identity = json.dumps([definition, chat_template, self.named_tokens], sort_keys=True)
@@ -144,7 +149,15 @@ class Tokenizer:
         """The text that the ids of `text` spell: normalised, and without what its control tokens swallow."""
         for form in self._unicode_forms:
             text = unicodedata.normalize(form, text)
-        return self._swallowing.sub(r"\1\2", text) if allow_special and self._swallowing else text
+        if not allow_special or self._swallowing is None:
+            return text
+        pieces = self._swallowing.split(text)
+        for i in range(1, len(pieces), 2):  # there the tokens are, each between two pieces of other text
+            if pieces[i] in self._swallows_left:
+                pieces[i - 1] = pieces[i - 1].rstrip()
+            if pieces[i] in self._swallows_right:
+                pieces[i + 1] = pieces[i + 1].lstrip()
+        return "".join(pieces)
 
     def _look_up(self, id: int) -> bytes:
         token = self._backend.id_to_token(id)
@@ -201,17 +214,10 @@ def _prefix_ids(backend: tokenizers.Tokenizer) -> list[int]:
     return whole[: next(starts, 0)]
 
 
-def _swallowing(added: Iterable[tokenizers.AddedToken]) -> re.Pattern[str] | None:
-    """White space beside tokens that swallow it, and those tokens as its only groups."""
-    sides = {"lstrip": [], "rstrip": []}  # type: dict[str, list[str]]
-    for token in added:
-        for side, texts in sides.items():
-            if getattr(token, side):
-                texts.append(re.escape(token.content))
-    patterns = []
-    patterns.append(rf"\s*({'|'.join(sides['lstrip'])})" if sides["lstrip"] else "(?!)()")
-    patterns.append(rf"({'|'.join(sides['rstrip'])})\s*" if sides["rstrip"] else "(?!)()")
-    return re.compile("|".join(patterns)) if any(sides.values()) else None
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Finds these texts, the longest first; its only group is the one that was found."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")  # (?!) is never found
 
 
 def _unicode_forms(normalizer: dict[str, Any] | None) -> list[Literal["NFC", "NFD", "NFKC", "NFKD"]]:

@@ -118,18 +118,21 @@ def test_real_dialogues_append_to_the_full_render_or_say_that_they_do_not(test_d
         dialogues = [json.loads(line)["messages"] for line in lines][:100]
     for dialogue in dialogues:
         messages = [Message(message["role"], message["content"]) for message in dialogue]
-        past = Past()
+        past, said = Past(), []
         for question, answer in zip(messages[::2], messages[1::2], strict=False):
             prompt = next_prompt(template, tokenizer, past, [question], now=0.0)
-            full = template.render([*past.messages, question], add_generation_prompt=True, now=0.0)
+            full = template.render([*said, question], add_generation_prompt=True, now=0.0)
             full = tokenizer.as_spelled(full, allow_special=True)
             matches = prompt.rewritten_from is None
-            assert (past.text + prompt.text == full) is matches
-            assert full.endswith(prompt.text)
+            text = tokenizer.decode(prompt.ids, skip_special=False, after=past.last_id)
+            assert full.endswith(tokenizer.as_spelled(text, allow_special=True))
             sampled = tokenizer.encode(answer.content, allow_special=False, after=prompt.ids[-1])
             turn = PastTurn((question,), prompt.first_token, tuple(prompt.ids), (*sampled, closing), True)
             past.extend(tokenizer, None, turn)
-            assert past.messages[-1] == answer
+            assert past.said[-1].value == {"role": "assistant", "content": answer.content}
+            begin = past.segments[-1].start
+            assert (past.text[:begin] == full) is matches
+            said += [question, answer]
             num_turns, num_rewritten = num_turns + 1, num_rewritten + (not matches)
     assert num_turns > 200
     if name in REWRITES_REPLIES:

@@ -1,15 +1,26 @@
 """What a turn appends equals what the full render adds, or the turn says that it does not."""
 
+from typing import NamedTuple
+
 import pytest
 
 from engine.errors import InvalidRequest
-from engine.text.next_prompt import TurnPrompt, next_prompt
-from engine.text.past import Past, PastTurn
+from engine.text.next_prompt import next_prompt
+from engine.text.past import Past, PastTurn, sampled_message
 from engine.text.tokenizer import Tokenizer
 from engine.types import Message, RewritePolicy
 
 QUESTIONS = ["My cat is called Miso.", "What is she called?\n", "你好，小猫。"]
 REPLIES = ["Hello, Miso!", "She is called Miso.", "你好。"]
+
+
+class Asked(NamedTuple):
+    """A turn's prompt, and the text that it adds to what the conversation spells."""
+
+    ids: list[int]
+    first_token: int
+    rewritten_from: int | None
+    text: str
 
 
 class Chat:
@@ -19,24 +30,35 @@ class Chat:
         self.tokenizer, self.template, self.closing = tokenizer, template, closing
         self.options = {"now": 0.0, **options}
         self.past = Past()
+        self.said: list[Message] = []
         self.ids: list[int] = []
 
     @property
     def text(self) -> str:
         return self.past.text
 
-    def ask(self, *new: Message, wants_reply: bool = True) -> TurnPrompt:
-        return next_prompt(
+    def ask(self, *new: Message, wants_reply: bool = True) -> Asked:
+        prompt = next_prompt(
             self.template, self.tokenizer, self.past, new, wants_reply=wants_reply, **self.options
         )
+        longer = self.past.copy()
+        longer.extend(
+            self.tokenizer, None, PastTurn(new, prompt.first_token, tuple(prompt.ids), (), has_reply=False)
+        )
+        text = longer.text[longer.segments[-1].start :]
+        return Asked(prompt.ids, prompt.first_token, prompt.rewritten_from, text)
 
-    def commit(self, prompt: TurnPrompt, new: tuple[Message, ...], reply_ids: tuple[int, ...] | None) -> None:
+    def commit(self, prompt: Asked, new: tuple[Message, ...], reply_ids: tuple[int, ...] | None) -> None:
         turn = PastTurn(new, prompt.first_token, tuple(prompt.ids), reply_ids or (), reply_ids is not None)
         self.past.extend(self.tokenizer, None, turn)
+        self.said += new
+        if reply_ids is not None:
+            self.said.append(sampled_message(self.tokenizer, reply_ids, prompt.ids[-1]))
         self.ids = [*self.ids[: prompt.first_token], *prompt.ids, *(reply_ids or ())]
         assert self.past.num_tokens == len(self.ids)
+        assert [said.value["content"] for said in self.past.said] == [said.content for said in self.said]
 
-    def say(self, *new: Message, reply: str, closed: bool = True) -> TurnPrompt:
+    def say(self, *new: Message, reply: str, closed: bool = True) -> Asked:
         prompt = self.ask(*new)
         sampled = self.tokenizer.encode(reply, allow_special=True, after=prompt.ids[-1])
         if closed:
@@ -44,13 +66,13 @@ class Chat:
         self.commit(prompt, new, tuple(sampled))
         return prompt
 
-    def append(self, *new: Message) -> TurnPrompt:
+    def append(self, *new: Message) -> Asked:
         prompt = self.ask(*new, wants_reply=False)
         self.commit(prompt, new, None)
         return prompt
 
     def full_render(self, *new: Message, asks: bool = True) -> str:
-        messages, tools = [*self.past.messages, *new], self.options.get("tools", ())
+        messages, tools = [*self.said, *new], self.options.get("tools", ())
         return self.template.render(messages, add_generation_prompt=asks, now=0.0, tools=tools)
 
 
@@ -74,7 +96,7 @@ def test_appended_turns_add_up_to_the_full_render_in_text_and_ids(speak, name, k
         assert chat.text + prompt.text == spelled
         assert chat.ids + prompt.ids == chat.tokenizer.encode(full, allow_special=True)
         chat.say(*new, reply=reply, closed=closed)
-    assert chat.past.messages[-1] == Message("assistant", REPLIES[-1])
+    assert chat.said[-1] == Message("assistant", REPLIES[-1])
 
 
 def test_a_reply_cut_short_is_closed_as_the_template_closes_it(speak):
@@ -183,7 +205,7 @@ def test_lookalikes_that_the_template_moves_stay_text(speak):
 def test_content_that_uses_up_the_brackets_is_refused(speak):
     chat = Chat(*speak("ordinary"))
     with pytest.raises(InvalidRequest, match=r"U\+FDD0 to U\+FDEF"):
-        chat.ask(user("".join(map(chr, range(0xFDD0, 0xFDEF)))))
+        chat.ask(user("<s>" + "".join(map(chr, range(0xFDD0, 0xFDEF)))))
 
 
 def test_messages_that_cannot_follow_are_refused_with_the_reason(speak):
@@ -197,7 +219,7 @@ def test_messages_that_cannot_follow_are_refused_with_the_reason(speak):
         chat.ask(Message("robot", "Hello."))
     forgetful = Chat(*speak("dated"))
     forgetful.say(user("stop here"), reply="Hi.")
-    with pytest.raises(InvalidRequest, match="leaves out the last message.*send token_ids"):
+    with pytest.raises(InvalidRequest, match="leaves out the new messages.*send token_ids"):
         forgetful.ask(user("And?"))
 
 
