@@ -24,6 +24,7 @@ from engine.errors import (
     InvalidRequest,
     PermissionDenied,
 )
+from engine.in_flight import TurnsInFlight
 from engine.live import LiveConversation, Outbox
 from engine.operations import Operations, checked_id
 from engine.registry import Registry, not_found
@@ -33,6 +34,7 @@ from engine.statistics import Statistics
 from engine.step_loop import StepLoop
 from engine.text_service import TextService
 from engine.token_log import TokenLog
+from engine.turn_input import TurnInputs
 from engine.turns import Turns
 from engine.types import (
     Clock,
@@ -81,17 +83,19 @@ class AsyncEngine:
         self._statistics = Statistics(clock.monotonic())
         self._config, self._core, self._log, self._text, self._clock = config, core, log, text, clock
         self._info = info
+        self._inputs = TurnInputs(
+            log, text, sampler, defaults, vocab_size=info.vocab_size, context_tokens=core.context_tokens
+        )
+        self._in_flight = TurnsInFlight(core, log, clock, self._statistics, stateless=config.stateless)
         self._turns = Turns(
             core,
             log,
             text,
-            sampler,
             clock,
+            self._inputs,
+            self._in_flight,
             self._statistics,
-            defaults,
-            vocab_size=info.vocab_size,
             max_queue=config.max_queue,
-            stateless=config.stateless,
         )
         self._steps = StepLoop(
             core,
@@ -101,9 +105,9 @@ class AsyncEngine:
             stall_s=config.stall_s,
             thread_setup=thread_setup,
         )
-        self._turns.wake = self._steps.wake
+        self._in_flight.wake = self._steps.wake
         self._registry = Registry(core, log, info.fingerprint, config.max_conversations)
-        self._operations = Operations(core, log, text, clock, self._registry)
+        self._operations = Operations(core, log, text, clock, self._registry, self._inputs)
         self._failed: asyncio.Event = asyncio.Event()
         self._num_generated = 0
         self._stack = AsyncExitStack()
@@ -140,16 +144,17 @@ class AsyncEngine:
             tools=request.tools,
             on_rewrite=request.on_rewrite,
         )
+        await self._inputs.check_open(request)
         first = None
         if request.history:
-            first = await self._turns.inputs.of_history(record, request.history)
+            first = await self._inputs.of_history(record, request.history)
             record = replace(record, seq_mark=first.done_seq)
         await asyncio.wrap_future(self._log.create(record, first))
         live = self._registry.get(record.id)  # somebody may have resumed it already
         if live is None:
             turns = [] if first is None else [first]
             live = self._registry.keep(self._registry.new(record, turns, was_computed=False))
-            self._turns.compute_when_idle(live)
+            self._in_flight.compute_when_idle(live)
         return self._attach(live, [], live.seq)
 
     async def fork(self, tenant: Tenant, request: ForkRequest) -> ConversationRecord:
@@ -168,6 +173,7 @@ class AsyncEngine:
         """
         self._refuse_if_over()
         live = await self._registry.find(tenant, request.conversation_id)
+        await live.rewound()
         if request.resume_token is not None and not secrets.compare_digest(
             request.resume_token.encode(), live.record.resume_token.encode()
         ):
@@ -252,7 +258,7 @@ class AsyncEngine:
                 if isinstance(event, TurnDone):
                     return
         finally:
-            self._turns.end(live, FinishReason.CANCELLED, keep=False)
+            self._in_flight.end(live, FinishReason.CANCELLED, keep=False)
             self._core.forget(live.core)
 
     async def tokenize(self, text: str, allow_special: bool) -> Sequence[int]:
@@ -273,12 +279,12 @@ class AsyncEngine:
         """Take no new turn; those in flight may end for `grace_s` seconds, then are cancelled, text kept."""
         error = Draining("the server is shutting down; reconnect and resume")
         self._turns.stopped = error
-        ends = [asyncio.create_task(live.idle.wait()) for live in self._turns.in_flight]
+        ends = [asyncio.create_task(live.idle.wait()) for live in self._in_flight]
         try:
             if ends:
                 await asyncio.wait(ends, timeout=grace_s)
-                for live in self._turns.in_flight:
-                    self._turns.end(live, FinishReason.CANCELLED, keep=True)
+                for live in self._in_flight:
+                    self._in_flight.end(live, FinishReason.CANCELLED, keep=True)
                 await asyncio.wait(ends, timeout=COMMIT_S)
         finally:
             for task in ends:
@@ -300,14 +306,15 @@ class AsyncEngine:
     def _after_step(self, step: Step, result: StepResult, events: Sequence[TokenEvent]) -> None:
         turns = (event.turn for event in events)
         self._statistics.step_done(step.plan, result, turns, self._clock.monotonic())
-        self._turns.deliver(events)
+        self._in_flight.deliver(events)
 
     def _after_failure(self, error: EngineStopped) -> None:
         self._stop(error)
         self._failed.set()
 
     def _stop(self, error: EngineError) -> None:
-        self._turns.stop_all(error)
+        self._turns.stopped = error
+        self._in_flight.stop_all(error)
         self._end_all(error)
 
     def _end_all(self, error: Exception) -> None:
@@ -323,7 +330,7 @@ class AsyncEngine:
         """Events of committed turns behind `after_seq`; those of the turn in flight are in the journal."""
         if not live.turns or after_seq >= live.journal_start:
             return []
-        turns = await self._turns.inputs.committed_turns(live)
+        turns = await self._inputs.committed_turns(live)
         return [event for turn in turns if turn.done_seq > after_seq for event in self._turns.replay(turn)]
 
     def _attach(
@@ -332,14 +339,22 @@ class AsyncEngine:
         self._refuse_if_over()
         if live.outbox is not None:
             live.outbox.end(AttachmentTaken(f"another stream has attached to {live.record.id}"))
-        outbox = Outbox(on_read=lambda: self._turns.resume_reading(live))
+        outbox = Outbox(on_read=lambda: self._in_flight.resume_reading(live))
         live.attach(outbox, missed, after_seq)
-        self._turns.resume_reading(live)
+        self._in_flight.resume_reading(live)
         if live.is_logged:
             self._registry.keep(live)
         self._registry.unload_idle()
-        grace_s = self._config.disconnect_grace_s
-        return Attachment(live, outbox, self._turns, self._operations, self._erase, grace_s)
+        return Attachment(
+            live,
+            outbox,
+            self._turns,
+            self._in_flight,
+            self._operations,
+            self._erase,
+            grace_s=self._config.disconnect_grace_s,
+            context_tokens=self._core.context_tokens,
+        )
 
     async def _erase(self, live: LiveConversation) -> None:
         await self._turns.erase(live)

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from engine.errors import AttachmentTaken
+from engine.in_flight import TurnsInFlight
 from engine.live import LiveConversation, Outbox
 from engine.operations import Operations
 from engine.turns import Turns
@@ -28,19 +29,22 @@ class Attachment:
         live: LiveConversation,
         outbox: Outbox,
         turns: Turns,
+        in_flight: TurnsInFlight,
         operations: Operations,
         erase: Callable[[LiveConversation], Awaitable[None]],
+        *,
         grace_s: float,
+        context_tokens: int,
     ) -> None:
         self._live, self._outbox = live, outbox
-        self._turns, self._operations = turns, operations
+        self._turns, self._in_flight, self._operations = turns, in_flight, operations
         self._erase, self._grace_s = erase, grace_s
         self.conversation_id: ConversationId = live.record.id
         self.resume_token = live.record.resume_token
         self.committed_tokens = live.committed_tokens
         self.committed_turns = len(live.turns)
         self.last_seq = live.seq
-        self.context_left = turns.core.context_tokens - live.committed_tokens
+        self.context_left = context_tokens - live.committed_tokens
 
     def events(self) -> AsyncIterator[ConversationEvent]:
         """In order of seq, first what was missed.  Ends after `close`; raises AttachmentTaken, Draining,
@@ -59,12 +63,15 @@ class Attachment:
 
     async def rewind(self, point: Point) -> Standing:
         """Forget the history behind `point`.  Conflict while a turn is in flight; InvalidRequest for a point
-        that is not in the history or inside a message."""
+        that is not in the history or inside a message.  One that meets another, perhaps itself sent over a
+        stream that broke, comes after it."""
+        self._check_held()
+        await self._live.rewound()
         self._check_held()
         return await self._operations.rewind(self._live, point)
 
     async def update(self, request: UpdateRequest) -> None:
-        """Change the defaults of the turns to come, and the labels."""
+        """Change defaults of the turns to come, or the labels.  InvalidRequest."""
         self._check_held()
         await self._operations.update(self._live, request)
 
@@ -91,20 +98,22 @@ class Attachment:
         """
         if self._live.outbox is self._outbox:
             self._release()
-            self._turns.cancel_after(self._live, self._grace_s)
+            self._in_flight.cancel_after(self._live, self._grace_s)
 
     async def _accept(self, request: TurnRequest | RegenerateRequest) -> None:
         self._check_held()
-        with self._turns.statistics.refusals():
-            await self._turns.accept(self._live, request)
+        while self._live.preparing == request.turn_id:  # it was sent before, over another stream
+            await self._live.prepared.wait()
+            self._check_held()
+        await self._turns.accept(self._live, request)
         if self._live.outbox is None:  # the stream went away while the text was tokenised
-            self._turns.cancel_after(self._live, self._grace_s)
+            self._in_flight.cancel_after(self._live, self._grace_s)
 
     def _release(self) -> None:
         self._outbox.end()
         if self._live.outbox is self._outbox:
             self._live.outbox = None
-            self._turns.resume_reading(self._live)
+            self._in_flight.resume_reading(self._live)
 
     def _check_held(self) -> None:
         if self._live.outbox is not self._outbox:

@@ -15,6 +15,7 @@ BLOCK_SIZES = (16, 32, 64)
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     model: Path  # folder in Hugging Face format
+    name: str | None = None  # of the model, for people; None: the folder's
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cpu
     dtype: DTypeName = "auto"
     block_size: int = 32  # tokens

@@ -15,7 +15,16 @@ from engine.conversation import Conversation, Turn, TurnState, common_length
 from engine.errors import ContextOverflow, InvariantError
 from engine.scheduler import Scheduler, Step
 from engine.stopping import stop_reason
-from engine.types import Clock, ConversationId, FinishReason, SamplingParams, Tenant, TokenLogprobs, TurnId
+from engine.types import (
+    Clock,
+    ConversationId,
+    FinishReason,
+    SamplingParams,
+    Tenant,
+    TokenLogprobs,
+    TurnId,
+    Usage,
+)
 
 
 class Runner(Protocol):
@@ -126,6 +135,7 @@ class EngineCore:
         """A turn that is over as soon as its prompt stands in the history.  ContextOverflow."""
         turn = self._new_turn(conversation, turn_id, prompt_ids, SamplingParams(), 0, first_token, room_for=0)
         turn.state, turn.finish_reason = TurnState.FINISHED, FinishReason.APPENDED
+        turn.usage = Usage(prompt_tokens=len(prompt_ids), new_tokens=len(prompt_ids))
         conversation.end(0)
         return turn
 

@@ -12,30 +12,22 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
-from typing import Protocol
 
 from engine.conversation import Conversation, Turn
 from engine.errors import Conflict
-from engine.text.detokenizer import IncrementalDetokenizer
+from engine.reply_text import ReplyText
 from engine.text_service import Past, PastTurn
 from engine.types import (
     ConversationEvent,
     ConversationRecord,
     Delta,
     Message,
-    ReplyKind,
     SamplingParams,
     TurnId,
 )
 
 MAX_UNREAD_TOKENS = 256
 """A turn whose reader is this far behind pauses until it has caught up."""
-
-
-class ReplyKinds(Protocol):
-    """Tells stretches of one reply apart."""
-
-    def push(self, token_id: int) -> ReplyKind: ...
 
 
 class Outbox:
@@ -101,6 +93,7 @@ class TurnInput:
     history_rewritten: bool = False
     rewritten_from: int | None = None  # token from which the template renders the past differently
     before: "array[int] | None" = None  # the history up to `first_token`; None: as it stands
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -109,12 +102,9 @@ class TurnInFlight:
 
     turn: Turn
     input: TurnInput
-    detokenizer: IncrementalDetokenizer
-    kinds: ReplyKinds
+    reply: ReplyText
     created_at: float  # Unix seconds
     num_committed: int  # tokens that the log holds meanwhile
-    text: list[str] = field(default_factory=list)
-    last_kind: ReplyKind = ReplyKind.TEXT  # of the reply so far
     deadline: asyncio.TimerHandle | None = None
     grace: asyncio.TimerHandle | None = None  # runs while nobody is attached
 
@@ -167,6 +157,11 @@ class LiveConversation:
                 f"turn {busy} is in flight in {self.record.id}; wait for its turn_done or cancel it"
             )
         return None
+
+    async def rewound(self) -> None:
+        """Returns once no rewind is on its way to the log."""
+        while self.is_rewinding:
+            await self.idle.wait()
 
     @property
     def journal_start(self) -> int:

@@ -92,7 +92,7 @@ def _build(
     runner = ModelRunner(decoder, store, sampler, size)
     core = EngineCore(manager, scheduler, runner, clock, model.eos_ids, context_tokens)
     info = ModelInfo(
-        name=config.model.resolve().name,
+        name=config.name or config.model.resolve().name,
         version=__version__,
         fingerprint=fingerprint(config.model, tokenizer),
         architecture=model.architecture,

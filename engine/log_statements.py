@@ -123,16 +123,20 @@ def update(
     sampling: SamplingParams | None,
     labels: Mapping[str, str] | None,
     now: float,
-) -> None:
-    values = (
-        None if sampling is None else json.dumps(asdict(sampling)),
-        None if labels is None else json.dumps(labels),
+) -> ConversationRecord:
+    row = connection.execute("SELECT * FROM conversations WHERE id = ?", (id,)).fetchone()
+    if row is None:
+        raise _not_here(id)
+    record = conversation_record(row)
+    if sampling is not None:
+        record = replace(record, sampling=sampling.over(record.sampling))
+    if labels is not None:
+        record = replace(record, labels=dict(labels))
+    connection.execute(
+        "UPDATE conversations SET sampling = ?, labels = ?, updated_at = ? WHERE id = ?",
+        (json.dumps(asdict(record.sampling)), json.dumps(record.labels), now, id),
     )
-    statement = (
-        "UPDATE conversations SET sampling = coalesce(?, sampling), labels = coalesce(?, labels), "
-        "updated_at = ? WHERE id = ?"
-    )
-    _expect_one(connection.execute(statement, (*values, now, id)), id)
+    return record
 
 
 def load(

@@ -18,6 +18,7 @@ from engine.live import LiveConversation
 from engine.registry import Registry
 from engine.text_service import TextService
 from engine.token_log import TokenLog
+from engine.turn_input import TurnInputs
 from engine.types import (
     Clock,
     ConversationId,
@@ -38,10 +39,16 @@ class Operations:
     """Used on the event loop only."""
 
     def __init__(
-        self, core: EngineCore, log: TokenLog, text: TextService, clock: Clock, registry: Registry
+        self,
+        core: EngineCore,
+        log: TokenLog,
+        text: TextService,
+        clock: Clock,
+        registry: Registry,
+        inputs: TurnInputs,
     ) -> None:
         self._core, self._log, self._text, self._clock = core, log, text, clock
-        self._registry = registry
+        self._registry, self._inputs = registry, inputs
 
     async def rewind(self, live: LiveConversation, point: Point) -> Standing:
         """Forget the history behind `point`.  Conflict while a turn is in flight; InvalidRequest."""
@@ -57,9 +64,13 @@ class Operations:
         return await _then(done, lambda done: self._rewound(live, done))
 
     async def update(self, live: LiveConversation, request: UpdateRequest) -> None:
-        """Change the defaults of turns to come, and the labels."""
+        """Change defaults of the turns to come, or the labels.  InvalidRequest for defaults that no turn can
+        take.
+        """
+        if request.sampling is not None:
+            await self._inputs.check_defaults(request.sampling.over(live.record.sampling))
         done = self._log.update(live.record.id, request.sampling, request.labels)
-        await _then(done, lambda done: self._updated(live, request, done))
+        await _then(done, lambda done: self._updated(live, done))
 
     async def fork(self, tenant: Tenant, request: ForkRequest) -> ConversationRecord:
         """NotFound; AlreadyExists for an id in use; InvalidRequest for an id or a point that cannot be."""
@@ -86,14 +97,9 @@ class Operations:
             live.history_rewritten = history.history_rewritten
         return Standing(live.committed_tokens, len(live.turns), self._core.context_left(live.core))
 
-    def _updated(self, live: LiveConversation, request: UpdateRequest, done: "ThreadFuture[None]") -> None:
-        done.result()
-        record = live.record
-        live.record = replace(
-            record,
-            sampling=record.sampling if request.sampling is None else request.sampling,
-            labels=record.labels if request.labels is None else dict(request.labels),
-        )
+    def _updated(self, live: LiveConversation, done: "ThreadFuture[ConversationRecord]") -> None:
+        stored = done.result()
+        live.record = replace(live.record, sampling=stored.sampling, labels=stored.labels)
 
     def _end_rewind(self, live: LiveConversation) -> None:
         live.is_rewinding = False

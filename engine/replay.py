@@ -33,7 +33,6 @@ def replayed(
 
     Its events had more numbers when it was computed: one for every token at least.
     """
-    committed = record.first_token + len(record.prompt_ids) + len(record.reply_ids)
     first_seq = record.done_seq - len(stretches)
     offsets = accumulate((len(stretch.token_ids) for stretch in stretches), initial=0)
     return [
@@ -42,18 +41,24 @@ def replayed(
             Delta(first_seq + i, record.turn_id, offset, stretch.token_ids, stretch.text, stretch.kind)
             for i, (stretch, offset) in enumerate(zip(stretches, offsets, strict=False))
         ),
-        TurnDone(
-            record.done_seq,
-            record.turn_id,
-            record.finish_reason,
-            record.matched_stop,
-            record.usage,
-            record.timing,
-            context_left=context_tokens - committed,
-            committed_tokens=committed,
-            history_rewritten=record.history_rewritten,
-        ),
+        done_event(record, context_tokens),
     ]
+
+
+def done_event(record: TurnRecord, context_tokens: int) -> TurnDone:
+    """What is said once the turn is in the log."""
+    committed = record.first_token + len(record.prompt_ids) + len(record.reply_ids)
+    return TurnDone(
+        record.done_seq,
+        record.turn_id,
+        record.finish_reason,
+        record.matched_stop,
+        record.usage,
+        record.timing,
+        context_left=context_tokens - committed,
+        committed_tokens=committed,
+        history_rewritten=record.history_rewritten,
+    )
 
 
 def stretches(record: TurnRecord, text: TextService) -> list[Stretch]:

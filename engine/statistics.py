@@ -71,7 +71,9 @@ class Statistics:
         """The turn is over and stays."""
         self._last_token_s.pop(turn.row, None)
         self._finished[record.finish_reason.name] += 1
-        if record.finish_reason is not FinishReason.APPENDED:  # nobody waited for a reply
+        if record.finish_reason is FinishReason.APPENDED:  # nobody waits for a reply
+            self._add_prompt(record.usage)
+        else:
             self._total.add(record.timing.total_s)
 
     def turn_failed(self, turn: Turn, error: Exception) -> None:
@@ -100,7 +102,9 @@ class Statistics:
     def _first_token(self, turn: Turn, now: float) -> None:
         self._ttft.add(now - turn.arrived_s)
         self._queue.add((now if turn.started_s is None else turn.started_s) - turn.arrived_s)
-        usage = turn.usage or Usage()
+        self._add_prompt(turn.usage or Usage())
+
+    def _add_prompt(self, usage: Usage) -> None:
         self._prompt_tokens += usage.prompt_tokens
         self._cached_device_tokens += usage.cached_device_tokens
         self._recomputed_tokens += usage.recomputed_tokens

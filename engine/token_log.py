@@ -133,8 +133,8 @@ class TokenLog:
         conversation_id: ConversationId,
         sampling: SamplingParams | None,
         labels: Mapping[str, str] | None,
-    ) -> Future[None]:
-        """Replace what is not None.  NotFound."""
+    ) -> Future[ConversationRecord]:
+        """Set what is set in `sampling`, and put `labels`, unless None, in place of the old.  NotFound."""
         now = self._clock.wall()
         return self._submit(
             partial(log_statements.update, id=conversation_id, sampling=sampling, labels=labels, now=now)

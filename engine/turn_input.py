@@ -3,20 +3,21 @@
 import asyncio
 from array import array
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from hashlib import blake2b
-from typing import Any
 
 from engine.errors import ContextOverflow, InvalidRequest, NotFound
 from engine.history import tokens_of
 from engine.live import LiveConversation, TurnInput
 from engine.sampler import Sampler
+from engine.text.messages import tools_as_values
 from engine.text_service import PastTurn, TextService, TurnPrompt
 from engine.token_log import TokenLog
 from engine.types import (
     ConversationRecord,
     FinishReason,
     Message,
+    OpenRequest,
     RegenerateRequest,
     RewritePolicy,
     SamplingParams,
@@ -61,10 +62,21 @@ class TurnInputs:
     async def of(self, live: LiveConversation, request: TurnRequest | RegenerateRequest) -> TurnInput:
         """What `request` appends to the history as it stands.  Raises EngineError if it cannot be."""
         sampling = request.sampling.over(live.record.sampling).over(self._defaults)
-        self._sampler.check(sampling)
+        bad_word_ids = await self._checked(sampling)
         if isinstance(request, RegenerateRequest):
-            return await self._again(live, request, sampling)
-        return await self._next(live, request, sampling)
+            input = await self._again(live, request, sampling)
+        else:
+            input = await self._next(live, request, sampling)
+        return replace(input, bad_word_ids=bad_word_ids)
+
+    async def check_open(self, request: OpenRequest) -> None:
+        """InvalidRequest for a conversation in which no turn could be taken."""
+        tools_as_values(request.tools)
+        await self.check_defaults(request.sampling)
+
+    async def check_defaults(self, sampling: SamplingParams) -> None:
+        """InvalidRequest for defaults of a conversation that no turn could take."""
+        await self._checked(sampling.over(self._defaults))
 
     async def of_history(self, record: ConversationRecord, messages: tuple[Message, ...]) -> TurnRecord:
         """The first turn of a conversation that begins with `messages`.  InvalidRequest, ContextOverflow."""
@@ -83,7 +95,7 @@ class TurnInputs:
             reply_text="",
             finish_reason=FinishReason.APPENDED,
             matched_stop=None,
-            usage=Usage(),
+            usage=Usage(prompt_tokens=len(ids), new_tokens=len(ids)),
             timing=Timing(),
             created_at=record.created_at,
             done_seq=HISTORY_SEQ,
@@ -93,6 +105,13 @@ class TurnInputs:
     async def committed_turns(self, live: LiveConversation) -> list[TurnRecord]:
         loaded = await asyncio.wrap_future(self._log.load(live.record.id))
         return loaded[1] if loaded is not None else []
+
+    async def _checked(self, sampling: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The ids of its bad words.  InvalidRequest if this model cannot sample so."""
+        words = sampling.bad_words
+        bad_word_ids = await self._text.bad_word_ids(words) if words else ()
+        self._sampler.check(sampling, bad_word_ids)
+        return bad_word_ids
 
     async def _next(
         self, live: LiveConversation, request: TurnRequest, sampling: SamplingParams
@@ -167,24 +186,32 @@ class TurnInputs:
         )
 
 
+_FIRST_FIELDS = {Message: 2, SamplingParams: 10}
+
+
 def digest_of(request: TurnRequest | RegenerateRequest) -> bytes:
     """Of what a turn asks for, by which a repeated turn id is recognised.
 
-    Only of what is set, so that a later program that knows more recognises it too.
+    Logs keep digests, so what is the same must be written the same for ever: as the first version did, which
+    had the first so many fields of each class, and what came later only where it is set.
     """
-    asked = replace(request, turn_id=TurnId(""), timeout_s=None)
     ids = array("q")  # holds anything that a client may send; not checked yet
-    if isinstance(asked, TurnRequest):
-        ids.extend(asked.token_ids)
-        asked = replace(asked, token_ids=())
-    kind = type(request).__name__
-    return blake2b(repr((kind, _what_is_set(asked))).encode() + ids.tobytes(), digest_size=16).digest()
+    if isinstance(request, RegenerateRequest):
+        asked, messages = f"regenerate {request.replaces!r}", _written(())
+    else:
+        asked, messages = "" if request.wants_reply else "append", _written(request.messages)
+        ids.extend(request.token_ids)
+    text = f"{asked}({messages}, {_written(request.sampling)})"
+    return blake2b(text.encode() + ids.tobytes(), digest_size=16).digest()
 
 
-def _what_is_set(value: Any) -> Any:
-    if is_dataclass(value):
-        given = [
-            (f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default
-        ]
-        return [(name, _what_is_set(part)) for name, part in given]
-    return [_what_is_set(part) for part in value] if isinstance(value, tuple) else value
+def _written(value: object) -> str:
+    """As `repr`, without fields that came later and are not set."""
+    if isinstance(value, Message | SamplingParams):
+        num_first = _FIRST_FIELDS[type(value)]
+        given = [(f.name, getattr(value, f.name), f.default) for f in fields(value)]
+        told = [*given[:num_first], *(field for field in given[num_first:] if field[1] != field[2])]
+        return f"{type(value).__name__}({', '.join(f'{name}={part!r}' for name, part, _ in told)})"
+    assert isinstance(value, tuple)
+    parts = [_written(part) for part in value]
+    return f"({', '.join(parts)}{',' * (len(parts) == 1)})"

@@ -121,7 +121,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Where the tokens of one turn's prompt came from.  `prompt` = `cached_device` + `recomputed` + `new`."""
+    """Where the tokens of one turn's prompt came from.  `prompt` = `cached_device` + `recomputed` + `new`.
+
+    Of an appended turn only what it added counts, as new: nothing has attended to the history yet.
+    """
 
     prompt_tokens: int = 0  # everything the reply attended to when it began: history + new
     completion_tokens: int = 0
@@ -322,10 +325,10 @@ class ForkRequest:
 
 @dataclass(frozen=True, slots=True)
 class UpdateRequest:
-    """What is set replaces what the conversation had."""
+    """Changes of what a conversation has."""
 
-    sampling: SamplingParams | None = None
-    labels: dict[str, str] | None = None
+    sampling: SamplingParams | None = None  # what is set in it becomes the default; other defaults stay
+    labels: dict[str, str] | None = None  # all of them, in place of the old
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,7 +420,7 @@ class Load:
     failed_turns: dict[str, int]  # after they were accepted, by `errors.reason_of`
     refused_turns: dict[str, int]  # by `errors.reason_of`
     reattached_streams: int
-    prompt_tokens: int  # as in `Usage`, of all turns that came to their first token
+    prompt_tokens: int  # as in `Usage`, of all turns that came to their first token or were appended
     cached_device_tokens: int
     recomputed_tokens: int
     new_tokens: int

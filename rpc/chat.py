@@ -111,7 +111,7 @@ class Chat:
         self._stand((await self._ask(pb.ClientEvent(rewind=rewind))).rewound)
 
     async def update(self, *, labels: Mapping[str, str] | None = None, **sampling: Unpack[Sampling]) -> None:
-        """Replaces the defaults of the turns to come, all of them together, or the labels, or both."""
+        """Sets defaults of the turns to come; those not named stay.  `labels` take the place of all there are."""
         defaults = pb.Sampling(**sampling) if sampling else None
         await self._ask(pb.ClientEvent(update=pb.Update(sampling=defaults, labels=labels_of(labels))))
 

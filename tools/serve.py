@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 from engine import AsyncEngine, EngineConfig, load_engine
 from engine.errors import ConfigError, EngineError
@@ -57,8 +58,9 @@ def run(chosen: Namespace) -> int:
     )
     check_exposure(options)  # before the model takes its time to load
     metrics = None if chosen.metrics is None else Address.parse(chosen.metrics)
+    hub_id = chosen.model if isinstance(chosen.model, str) else None
     chosen.model = resolve_model(chosen.model, chosen.revision, chosen.offline)
-    engine = load_engine(engine_config(chosen))
+    engine = load_engine(replace(engine_config(chosen), name=hub_id))
     favour_latency()
     *lines, kernels_line = engine.description
     for line in (*lines, access_line(options), kernels_line):

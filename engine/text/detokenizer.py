@@ -46,6 +46,11 @@ class IncrementalDetokenizer:
         self.num_tokens = 0
         self.matched_stop: str | None = None
 
+    @property
+    def num_held(self) -> int:
+        """Characters that a stop string can still reach."""
+        return len(self._held)
+
     def push(self, ids: Iterable[int]) -> str:
         """Take in sampled ids; returns the text that they settle, often none."""
         settled = []

@@ -2,7 +2,10 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+
+import pytest
 
 from engine.async_engine import AsyncEngine
 from engine.attachment import Attachment
@@ -143,3 +146,38 @@ def expected(history: list[int], num_tokens: int = 12) -> list[int]:
 async def regenerated(chat: Attachment, request: RegenerateRequest) -> tuple[list[int], TurnDone]:
     await chat.regenerate(request)
     return await until_done(chat)
+
+
+class Held:
+    """Stands in for an operation of the log: it is done at once, its outcome told when the test wants."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: AsyncEngine, name: str) -> None:
+        self.calls: list[Callable[[Exception | None], None]] = []
+        operation = getattr(engine._log, name)
+
+        def held(*args: object) -> Future[object]:
+            outcome: Future[object] = Future()
+            done = operation(*args)
+
+            def let_go(error: Exception | None = None) -> None:
+                if error is not None:
+                    outcome.set_exception(error)
+                else:
+                    done.add_done_callback(lambda done: _copy(done, outcome))
+
+            self.calls.append(let_go)
+            return outcome
+
+        monkeypatch.setattr(engine._log, name, held)
+
+    async def arrived(self) -> Callable[[Exception | None], None]:
+        await until(lambda: bool(self.calls))
+        return self.calls.pop(0)
+
+
+def _copy(done: "Future[object]", outcome: "Future[object]") -> None:
+    error = done.exception()
+    if error is None:
+        outcome.set_result(done.result())
+    else:
+        outcome.set_exception(error)

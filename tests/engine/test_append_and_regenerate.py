@@ -45,7 +45,7 @@ async def test_an_appended_turn_is_done_at_once_and_read_by_the_next() -> None:
         accepted, done = await read(chat, 2)
         assert isinstance(accepted, TurnAccepted) and isinstance(done, TurnDone)
         assert done.finish_reason is FinishReason.APPENDED and done.committed_tokens == 3
-        assert done.usage == Usage() and done.seq == accepted.seq + 1
+        assert done.usage == Usage(prompt_tokens=3, new_tokens=3) and done.seq == accepted.seq + 1
         ids, done = await say(chat, ids_turn("2", [4]))
         assert ids == expected([1, 2, 3, 4])
 

@@ -181,13 +181,15 @@ def test_a_conversation_begins_with_its_first_turn_or_not_at_all(log: TokenLog) 
     assert len(stored(log, NAME)[1]) == 1
 
 
-def test_an_update_replaces_what_is_given(log: TokenLog) -> None:
-    log.create(conversation(NAME)).result()
-    log.update(NAME, SamplingParams(top_k=3), None).result()
-    assert stored(log, NAME)[0].labels == conversation(NAME).labels
-    log.update(NAME, None, {"a": "b"}).result()
+def test_an_update_sets_defaults_one_by_one_and_labels_all_together(log: TokenLog) -> None:
+    before = SamplingParams(top_k=3, stop=("a",))
+    log.create(conversation(NAME, sampling=before, labels={"a": "1", "b": "2"})).result()
+    updated = log.update(NAME, SamplingParams(top_k=4, seed=0), None).result()
+    both = SamplingParams(top_k=4, seed=0, stop=("a",))
+    assert (updated.sampling, updated.labels) == (both, {"a": "1", "b": "2"})
+    log.update(NAME, None, {"b": "3"}).result()
     record = stored(log, NAME)[0]
-    assert (record.sampling, record.labels) == (SamplingParams(top_k=3), {"a": "b"})
+    assert (record.sampling, record.labels) == (both, {"b": "3"})
 
 
 def test_a_fork_is_found_again_by_its_tenant_parent_and_place(log: TokenLog) -> None:

@@ -2,13 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from engine.async_engine import AsyncEngine
 from engine.errors import DataDirError, Draining, NotFound
 from engine.live import MAX_UNREAD_TOKENS
 from engine.types import (
@@ -24,43 +21,19 @@ from engine.types import (
     TurnDone,
     TurnId,
 )
-from tests.engine.harness import LOCAL, VOCAB, fake_engine, ids_turn, read, say, text_turn, until, until_done
+from tests.engine.harness import (
+    LOCAL,
+    VOCAB,
+    Held,
+    fake_engine,
+    ids_turn,
+    read,
+    say,
+    text_turn,
+    until,
+    until_done,
+)
 from tests.fakes import stateless_reply
-
-
-class Held:
-    """Stands in for an operation of the log: it is done at once, its outcome told when the test wants."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: AsyncEngine, name: str) -> None:
-        self.calls: list[Callable[[Exception | None], None]] = []
-        operation = getattr(engine._log, name)
-
-        def held(*args: object) -> Future[object]:
-            outcome: Future[object] = Future()
-            done = operation(*args)
-
-            def let_go(error: Exception | None = None) -> None:
-                if error is not None:
-                    outcome.set_exception(error)
-                else:
-                    done.add_done_callback(lambda done: _copy(done, outcome))
-
-            self.calls.append(let_go)
-            return outcome
-
-        monkeypatch.setattr(engine._log, name, held)
-
-    async def arrived(self) -> Callable[[Exception | None], None]:
-        await until(lambda: bool(self.calls))
-        return self.calls.pop(0)
-
-
-def _copy(done: "Future[object]", outcome: "Future[object]") -> None:
-    error = done.exception()
-    if error is None:
-        outcome.set_result(done.result())
-    else:
-        outcome.set_exception(error)
 
 
 async def test_a_turn_that_is_sent_again_while_its_text_is_tokenised_is_not_refused(

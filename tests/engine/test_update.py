@@ -7,6 +7,7 @@ import pytest
 
 from engine.errors import (
     AttachmentTaken,
+    InvalidRequest,
     NotFound,
 )
 from engine.types import (
@@ -22,6 +23,7 @@ from engine.types import (
 )
 from tests.engine.harness import (
     LOCAL,
+    VOCAB,
     again,
     expected,
     fake_engine,
@@ -30,6 +32,7 @@ from tests.engine.harness import (
     say,
     until_done,
 )
+from tests.fakes import byte_tokenizer
 
 SAMPLED = SamplingParams(max_tokens=12, ignore_eos=True)
 
@@ -40,7 +43,7 @@ async def test_updated_defaults_and_labels_hold_from_the_next_turn_on(tmp_path: 
         chat = await engine.open(LOCAL, OpenRequest(sampling=SAMPLED, labels={"a": "1"}))
         turn = TurnRequest(TurnId("1"), token_ids=(1,))
         assert len((await say(chat, turn))[0]) == 12
-        await chat.update(UpdateRequest(sampling=SamplingParams(max_tokens=3, ignore_eos=True)))
+        await chat.update(UpdateRequest(sampling=SamplingParams(max_tokens=3)))
         assert len((await say(chat, replace(turn, turn_id=TurnId("2"))))[0]) == 3
         await chat.update(UpdateRequest(labels={"b": "2"}))
         assert len((await say(chat, replace(turn, turn_id=TurnId("3"))))[0]) == 3
@@ -53,6 +56,47 @@ async def test_updated_defaults_and_labels_hold_from_the_next_turn_on(tmp_path: 
         await engine.delete(LOCAL, chat.conversation_id)
         with pytest.raises(NotFound):
             await chat._operations.update(chat._live, UpdateRequest(labels={}))
+
+
+async def test_defaults_that_no_turn_could_take_are_refused_where_they_are_given() -> None:
+    engine, _, _ = fake_engine()
+    (a,) = byte_tokenizer().encode("a", allow_special=False)
+    others = tuple(id for id in range(VOCAB) if id != a)
+    refusals = [
+        (
+            SamplingParams(stop_token_ids=(VOCAB,)),
+            "stop_token_ids holds 258; this model's tokens are 0 to",
+        ),
+        (SamplingParams(min_tokens=30), "min_tokens is 30 and max_tokens 12; lower min_tokens"),
+        (
+            SamplingParams(min_tokens=1, stop_token_ids=others, bad_words=("a",)),
+            "every token ends one of the bad_words, or stops the reply before min_tokens 1; leave some",
+        ),
+    ]
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest(ConversationId("mine"), sampling=SAMPLED))
+        for sampling, complaint in refusals:
+            with pytest.raises(InvalidRequest, match=complaint):
+                await chat.update(UpdateRequest(sampling=sampling))
+            with pytest.raises(InvalidRequest, match=complaint):
+                await engine.open(LOCAL, OpenRequest(sampling=sampling.over(SAMPLED)))
+            with pytest.raises(InvalidRequest, match=complaint):
+                await chat.turn(TurnRequest(TurnId("1"), token_ids=(1,), sampling=sampling))
+        assert len((await say(chat, TurnRequest(TurnId("1"), token_ids=(1,))))[0]) == 12
+        records, _ = await engine.list(LOCAL, {}, 10, None)
+        assert [(record.id, record.sampling) for record in records] == [("mine", SAMPLED)]
+
+
+async def test_tools_that_no_template_could_take_are_refused_at_the_opening() -> None:
+    engine, _, _ = fake_engine()
+    async with engine:
+        for tools, complaint in (
+            (("{}", "nonsense"), r"tools\[1\] is not JSON: .*; send one JSON object"),
+            (("[]",), r"tools\[0\] is JSON but no object: \[\]; send one JSON object"),
+        ):
+            with pytest.raises(InvalidRequest, match=complaint):
+                await engine.open(LOCAL, OpenRequest(tools=tools))
+        assert await engine.list(LOCAL, {}, 10, None) == ([], None)
 
 
 async def test_operations_need_the_attachment_to_be_held() -> None:

@@ -188,7 +188,7 @@ class FakeAttachment:
         self.engine.seen.append(request)
         await self.engine.pass_through("update")
         record = self.conversation.record
-        sampling = record.sampling if request.sampling is None else request.sampling
+        sampling = record.sampling if request.sampling is None else request.sampling.over(record.sampling)
         labels = record.labels if request.labels is None else request.labels
         self.conversation.record = replace(record, sampling=sampling, labels=labels)
         await self.engine.pass_through("answer")

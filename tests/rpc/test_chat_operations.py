@@ -155,10 +155,10 @@ async def test_a_wrong_rewind_is_told_and_changes_nothing(client, to, message):
 
 
 async def test_update_sets_labels_and_defaults_apart(client):
-    chat = await client.open(labels={"a": "1"}, temperature=0.5)
+    chat = await client.open(labels={"a": "1"}, temperature=0.5, top_k=3)
     await chat.update(temperature=0.0, logit_bias={5: -1.0})
     conversation, _ = await client.get(chat.id)
-    assert conversation.sampling == pb.Sampling(temperature=0.0, logit_bias={5: -1.0})
+    assert conversation.sampling == pb.Sampling(temperature=0.0, top_k=3, logit_bias={5: -1.0})
     assert dict(conversation.labels) == {"a": "1"}
     await chat.update(labels={"b": "2"})
     conversation, _ = await client.get(chat.id)
