@@ -111,7 +111,7 @@ class Chat:
         self._stand((await self._ask(pb.ClientEvent(rewind=rewind))).rewound)
 
     async def update(self, *, labels: Mapping[str, str] | None = None, **sampling: Unpack[Sampling]) -> None:
-        """Sets defaults of the turns to come; those not named stay.  `labels` take the place of all there are."""
+        """Sets defaults of the turns to come, and leaves the others; `labels` replace all labels."""
         defaults = pb.Sampling(**sampling) if sampling else None
         await self._ask(pb.ClientEvent(update=pb.Update(sampling=defaults, labels=labels_of(labels))))
 
