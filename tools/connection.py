@@ -1,7 +1,9 @@
-"""What a command needs to talk to a server: the caller's token, and whom to trust."""
+"""What a command needs to talk to a server: the caller's token, whom to trust, words for when nobody answers."""
 
 from argparse import Namespace
 from pathlib import Path
+
+from rpc.client import Unavailable
 
 
 class UsageError(Exception):
@@ -11,6 +13,12 @@ class UsageError(Exception):
 def credentials(chosen: Namespace) -> tuple[str | None, Path | bool]:
     """The `token` and the `tls` of a client, by the arguments token_file and tls_ca.  Raises UsageError."""
     return _token(chosen.token_file), _readable(chosen.tls_ca) or False
+
+
+def nobody_answers(error: Unavailable, address: str | None = None) -> str:
+    """Instead of what gRPC says at length about a connection that it could not make, or has lost."""
+    who = f"no server answers at {address}" if address else "the server does not answer"
+    return who if "Connection refused" in str(error) else f"{who} ({error})"
 
 
 def _token(path: Path | None) -> str | None:

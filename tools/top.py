@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from rpc._generated import continuo_pb2 as pb
 from rpc.client import ContinuoClient, ContinuoError, Unauthenticated, Unavailable
-from tools.connection import UsageError, credentials
+from tools.connection import UsageError, credentials, nobody_answers
 from tools.top_view import line, page, since_start
 
 ANSWER_S = 5.0
@@ -68,8 +68,7 @@ async def _answer(asked: Awaitable[T], address: str) -> T:
     except TimeoutError:
         raise NoAnswer(f"the server at {address} has not answered for {ANSWER_S:g} s") from None
     except Unavailable as error:
-        reason = "" if "Connection refused" in str(error) else f" ({error})"
-        raise NoAnswer(f"no server answers at {address}{reason}; start one with 'continuo serve'") from None
+        raise NoAnswer(f"{nobody_answers(error, address)}; start one with 'continuo serve'") from None
     except Unauthenticated as error:
         raise UsageError(f"{error}; --token-file FILE sends the token in FILE") from None
 
@@ -96,9 +95,10 @@ class Page:
         self._draw([*self._rows, "", why])
 
     def _draw(self, rows: Sequence[str]) -> None:
-        width = shutil.get_terminal_size().columns - 1
+        width, height = shutil.get_terminal_size()
+        rows = rows[: height - 1]  # what scrolls away cannot be drawn over
         up = f"\x1b[{self._height}F" if self._height else ""
-        text = "".join(f"{_printable(row)[:width]}\x1b[K\n" for row in rows)
+        text = "".join(f"{_printable(row)[: width - 1]}\x1b[K\n" for row in rows)
         print(f"{up}{text}\x1b[J", end="", flush=True)
         self._height = len(rows)
 

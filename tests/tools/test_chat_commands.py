@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from rpc.client import OutOfRange, Unavailable
+from rpc.client import Aborted, OutOfRange, Unavailable
 from tests.tools.fake_chat import FakeClient, FakeScreen
 from tools.chat import converse
 from tools.chat.commands import COMMANDS, NUM_LISTED, complete, parse
@@ -66,6 +66,21 @@ async def test_what_is_set_holds_for_this_and_for_new_conversations():
     assert screen.notes == ["temperature=0.7", 'temperature=0.7 stop=["The end"]', "top_k=5", "top_k=5"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("stop=The", ["The"]),
+        ('stop="The end"', ["The end"]),
+        ('stop=["a b", "\\"c\\""]', ["a b", '"c"']),
+        ('stop="a"b', ['"a"b']),
+        ("stop=[a,b]", ["[a,b]"]),
+    ],
+)
+async def test_a_text_to_set_is_json_or_a_word(typed, meant):
+    client, _ = await chat(f"/set top_k=5 {typed}  seed=3", "Hello")
+    assert client.calls[0][3] == {"top_k": 5, "stop": meant, "seed": 3}
+
+
 async def test_a_new_conversation_leaves_the_other_as_it_is():
     client, screen = await chat("One.", "/new", "Two.", "/system Be rude.", "Three.")
     assert [call for call in client.calls if call[0] == "open"] == [
@@ -108,7 +123,7 @@ async def test_quit_ends_the_chat():
     ("line", "complaint"),
     [
         ("/rewnd", "there is no command /rewnd; did you mean /rewind?"),
-        ("/zzz", "there is no command /zzz; /help lists them"),
+        ("/zzz", "there is no command /zzz; /help lists them.  A space before the / makes it a message."),
         ("/list all", "/list takes nothing behind it"),
         ("/open", "/open ID: go on with one of them; its number in the list will do"),
         ("/open c-9", "there is no conversation c-9"),
@@ -118,10 +133,14 @@ async def test_quit_ends_the_chat():
         ("/stats", "nothing has been said yet"),
         ("/set warmth=1", "'warmth=1' is not NAME=VALUE with a name out of temperature, top_k,"),
         ("/set temperature", "'temperature' is not NAME=VALUE"),
-        ("/set temperature=hot", "temperature cannot be hot"),
-        ("/set temperature=null", "temperature cannot be null"),
-        ("/set stop='", '"stop=\'" cannot be read: No closing quotation'),
-        ("/file /no/file", "/no/file cannot be read as text:"),
+        ("/set top_k=5 hot", "'hot' is not NAME=VALUE"),
+        ("/set temperature=hot", "temperature cannot be hot; it is a number"),
+        ("/set temperature=null", "temperature cannot be null; it is a number"),
+        ("/set top_k=0.5", "top_k cannot be 0.5; it is a whole number"),
+        ("/set ignore_eos=maybe", "ignore_eos cannot be maybe; it is true or false"),
+        ("/set stop=[1]", 'stop cannot be [1]; it is a text, or several like ["a", "b"]'),
+        ("/file /no/file", "/no/file cannot be read: No such file or directory"),
+        ("/file /bin/sh", "/bin/sh cannot be read as text: "),
         ("/file /dev/null", "/dev/null is empty"),
     ],
 )
@@ -151,11 +170,16 @@ def test_the_tab_key_completes_commands_and_nothing_else():
 
 async def test_a_failed_message_is_offered_again_and_said_again_it_is_the_same_turn():
     client = FakeClient()
-    client.failures = [Unavailable("gone"), OutOfRange("too long")]
-    _, screen = await chat("Hello", "Hello", "Hello", "Hello", client=client)
-    assert screen.errors == ["gone", "too long"] and screen.suggestions == ["Hello", "Hello"]
-    first, again, once_more, another = client.turn_ids
-    assert first == again == once_more != another
+    client.failures = [Unavailable("gone"), OutOfRange("too long"), Aborted("another has it")]
+    _, screen = await chat(*["Hello"] * 5, client=client)
+    assert screen.errors == [
+        "the server does not answer (gone); say it again when it is back",
+        "too long (/rewind makes room, /new begins anew)",
+        "another has it; saying it again takes it back",
+    ]
+    assert screen.suggestions == ["Hello"] * 3
+    *same, another = client.turn_ids
+    assert len(set(same)) == 1 and another not in same
 
 
 class ImpatientScreen(FakeScreen):

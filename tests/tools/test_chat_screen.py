@@ -28,6 +28,15 @@ def test_a_reply_cannot_drive_the_terminal(capsys):
     assert capsys.readouterr().out == "a\ufffd[2Jb\ufffdc\ufffdd\te\n"
 
 
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "a\ufffd[2Jb\n"), (False, "a\x1b[2Jb\n")])
+def test_a_reply_of_a_piped_chat_passes_through_but_for_what_would_drive_a_terminal(
+    capsys, monkeypatch, is_terminal, shown
+):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    screen.Pipe().reply(Delta("a\x1b[2Jb\n", ()))
+    assert capsys.readouterr().out == shown
+
+
 def test_reasoning_is_dimmed_and_tool_calls_are_passed_through(capsys):
     reply = [
         Delta("<think>Hm", (), kind=ReplyKind.REASONING),
@@ -74,7 +83,7 @@ def test_the_status_line_says_what_was_reused_what_it_cost_and_what_is_left():
     ended = turn(usage=usage, timing=timing, context_left=2048)
     line = (
         "1,024 tokens reused from device · 96 recomputed · 30 new · "
-        "20 in 0.5 s, first after 12 ms · 2,048 left"
+        "a reply of 20 in 0.5 s, first after 12 ms · 2,048 left"
     )
     assert status_line(ended) == line
     full = turn(usage=usage, timing=timing, context_left=2048, finish_reason=FinishReason.CONTEXT_FULL)

@@ -167,6 +167,15 @@ async def test_a_terminal_is_drawn_over_and_stays_when_the_server_goes_away(caps
     assert "tokens out      100/s" in back
 
 
+async def test_a_low_terminal_shows_what_it_has_room_for(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("LINES", "6")
+    view = top.Page("fake")
+    for _ in range(2):
+        view.show(codec.load(a_load()), codec.load(a_load(uptime_s=1.0)))
+    first, again = capsys.readouterr().out.split("\x1b[5F")
+    assert first == again and first.count("\n") == 5
+
+
 async def test_a_server_cannot_drive_the_terminal(capsys) -> None:
     view = top.Page("\x1b]0;evil\a")
     view.show(codec.load(a_load(refused_turns={"\x1b[2J": 1})), codec.load(a_load(uptime_s=1.0)))

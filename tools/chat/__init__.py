@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
-from rpc.client import ContinuoClient, ContinuoError, Unauthenticated, Unavailable
+from rpc.client import Aborted, ContinuoClient, ContinuoError, OutOfRange, Unauthenticated, Unavailable
 from tools.chat.commands import complete, parse, perform
 from tools.chat.line_editor import LineEditor
 from tools.chat.screen import Pipe, Screen, Terminal
 from tools.chat.talk import Mistake, Talk
-from tools.connection import UsageError, credentials
+from tools.connection import UsageError, credentials, nobody_answers
 from tools.server_process import ServerFailed, ServerProcess
 
 
@@ -97,6 +97,8 @@ async def _run(
             await talk.resume(chosen.conversation)
         try:
             await converse(talk)
+        except Unavailable as error:
+            raise NoServer(f"{nobody_answers(error, address)}; start it again and go on") from None
         finally:
             if talk.is_kept and not (chosen.model is not None and chosen.data_dir is None):
                 screen.farewell(f"To go on: {_command(chosen, talk.id)}")
@@ -107,9 +109,8 @@ async def _greet(client: ContinuoClient, screen: Screen, address: str) -> None:
     try:
         info = await client.model_info()
     except Unavailable as error:
-        reason = "" if "Connection refused" in str(error) else f" ({error})"
         raise NoServer(
-            f"no server answers at {address}{reason}; start one with 'continuo serve', "
+            f"{nobody_answers(error, address)}; start one with 'continuo serve', "
             "or talk to one of your own with 'continuo chat MODEL'"
         ) from None
     except Unauthenticated as error:
@@ -147,9 +148,21 @@ async def _answer_interactively(talk: Talk, text: str) -> None:
     try:
         await doing
     except (ContinuoError, Mistake) as error:
-        talk.screen.failed(str(error))
+        talk.screen.failed(_with_advice(error))
     except asyncio.CancelledError:
         talk.screen.failed("interrupted")
+
+
+def _with_advice(error: Exception) -> str:
+    """What happened, and what to do about it in a chat."""
+    match error:
+        case Unavailable():
+            return f"{nobody_answers(error)}; say it again when it is back"
+        case OutOfRange():
+            return f"{error} (/rewind makes room, /new begins anew)"
+        case Aborted():
+            return f"{error}; saying it again takes it back"
+    return str(error)
 
 
 @contextmanager

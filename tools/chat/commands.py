@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,6 +16,13 @@ from tools.chat.wording import count, listing, settings, statistics
 KEYS = "Ctrl-C ends a reply, Ctrl-D the chat; a line that ends in \\ goes on; a paste is one message."
 NUM_LISTED = 20
 _HINTS = {name: hint for name, hint in get_type_hints(Sampling).items() if get_origin(hint) is not dict}
+_KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list[int]: "a whole number, or several like [1, 2]",
+    list[str]: 'a text, or several like ["a", "b"]',
+}
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ async def perform(talk: Talk, name: str, argument: str) -> None:
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1)
         raise Mistake(
-            f"there is no command /{name}"
-            + (f"; did you mean /{near[0]}?" if near else "; /help lists them")
+            f"there is no command /{name}; "
+            + (f"did you mean /{near[0]}?" if near else "/help lists them.")
             + "  A space before the / makes it a message."
         )
     command = COMMANDS[name]
@@ -177,7 +183,9 @@ def _text_of(file: str) -> str:
     path = Path(file).expanduser()
     try:
         text = path.read_text()
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise Mistake(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise Mistake(f"{path} cannot be read as text: {error}") from None
     if not text.strip():
         raise Mistake(f"{path} is empty")
@@ -191,27 +199,42 @@ def _id(talk: Talk, argument: str) -> str:
 
 
 def _sampling(argument: str) -> dict[str, Any]:
-    """NAME=VALUE ... as keyword arguments; a value is JSON, or else a text."""
+    """NAME=VALUE ... as keyword arguments; a value is JSON, or else a text up to the next space."""
     chosen: dict[str, Any] = {}
-    try:
-        words = shlex.split(argument)
-    except ValueError as error:
-        raise Mistake(f"{argument!r} cannot be read: {error}") from None
-    for word in words:
-        name, _, text = word.partition("=")
-        if name not in _HINTS or not text:
+    while argument := argument.strip():
+        name, _, rest = argument.partition("=")
+        if name not in _HINTS or not rest.strip():
+            word = argument.split()[0]
             raise Mistake(f"{word!r} is not NAME=VALUE with a name out of {', '.join(_HINTS)}")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        if value is None:
-            raise Mistake(f"{name} cannot be {text}")
-        if get_origin(_HINTS[name]) is list and not isinstance(value, list):
-            value = [value]
-        try:
-            pb.Sampling(**{name: value})
-        except (TypeError, ValueError):
-            raise Mistake(f"{name} cannot be {text}") from None
-        chosen[name] = value
+        text, argument = _value(rest)
+        chosen[name] = _setting(name, text)
     return chosen
+
+
+def _value(text: str) -> tuple[str, str]:
+    """The JSON value or else the word that `text` begins with, and what follows it."""
+    text = text.lstrip()
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        end = 0
+    if not end or text[end : end + 1].strip():
+        end = len(text.split()[0])
+    return text[:end], text[end:]
+
+
+def _setting(name: str, text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    hint = _HINTS[name]
+    if get_origin(hint) is list and not isinstance(value, list):
+        value = [value]
+    try:
+        if value is None:  # protobuf would leave it out
+            raise TypeError
+        pb.Sampling(**{name: value})
+    except (TypeError, ValueError):
+        raise Mistake(f"{name} cannot be {text}; it is {_KINDS[hint]}") from None
+    return value

@@ -58,7 +58,8 @@ class Pipe:
     def suggest(self, text: str) -> None: ...
 
     def reply(self, delta: Delta) -> None:
-        print("\n" * delta.restarted + delta.text, end="", flush=True)
+        text = delta.text.translate(_CONTROLS) if sys.stdout.isatty() else delta.text
+        print("\n" * delta.restarted + text, end="", flush=True)
 
     def turn_ended(self, turn: Turn) -> None:
         print(flush=True)

@@ -22,7 +22,8 @@ def status_line(turn: Turn) -> str:
     usage, timing = turn.usage, turn.timing
     parts = [
         *reuse(usage),
-        f"{usage.completion_tokens:,} in {timing.total_s:.1f} s, first after {1000 * timing.ttft_s:.0f} ms",
+        f"a reply of {usage.completion_tokens:,} in {timing.total_s:.1f} s, "
+        f"first after {1000 * timing.ttft_s:.0f} ms",
         f"{turn.context_left:,} left",
     ]
     if turn.rewritten_from is not None:
