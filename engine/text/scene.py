@@ -42,7 +42,6 @@ class Scene:
 
     def whole(self) -> str:
         """All messages.  Raises InvalidRequest if the template reads look-alikes of control tokens."""
-        text = self._render(self.shield.messages, self.asks_for_reply)
         if self.shield.found:
             plain = self.template.render_values(
                 [message.value for message in self.said],
@@ -50,15 +49,15 @@ class Scene:
                 add_generation_prompt=self.asks_for_reply,
                 now=self.now,
             )
-            if self.shield.remove(text) != plain:
+            if self.shield.remove(self._everything) != plain:
                 raise self.shield.refusal()
-        return text if self.asks_for_reply else self._lasting(self.shield.messages, text)
+        return self._everything.removesuffix(self._passing_end)
 
     def first(self, num_messages: int, asks_for_reply: bool) -> str:
         """The first messages alone."""
         messages = self.shield.messages[:num_messages]
         text = self._render(messages, asks_for_reply)
-        return text if asks_for_reply else self._lasting(messages, text)
+        return text if asks_for_reply else text.removesuffix(self._passing(messages, text))
 
     def behind_past(self) -> str:
         """What the template writes behind the content of the last committed message.
@@ -66,12 +65,22 @@ class Scene:
         Raises InvalidRequest if the template leaves out the new messages.
         """
         behind = self._behind(self.shield.messages, self.num_past - 1, self.asks_for_reply)
-        return self._behind_what_is_shown() if behind is None else behind
+        if behind is None:
+            behind = self._behind_what_is_shown()
+        return behind.removesuffix(self._passing_end)
 
     def spelled(self, text: str) -> Pieces:
         """A render as tokens will spell it.  Raises InvalidRequest if the template took brackets apart."""
         spell = self.tokenizer.as_spelled
         return [(spell(part, allow_special=not raw), raw) for part, raw in self.shield.split(text)]
+
+    @cached_property
+    def _everything(self) -> str:
+        return self._render(self.shield.messages, self.asks_for_reply)
+
+    @cached_property
+    def _passing_end(self) -> str:
+        return "" if self.asks_for_reply else self._passing(self.shield.messages, self._everything)
 
     def _render(self, messages: Values, asks_for_reply: bool) -> str:
         return self.template.render_values(
@@ -90,24 +99,22 @@ class Scene:
         _, found, behind = text.rpartition(self._marker)
         return behind if found else None
 
-    def _lasting(self, messages: Values, text: str) -> str:
-        """The render of messages that ask for no reply, less the end that it loses as the chat goes on.
+    def _passing(self, messages: Values, text: str) -> str:
+        """The end of `text`, the render of messages that ask for no reply, that it loses as the chat goes on.
 
         Some templates end it with a token that no longer chat has, or with a header for the next reply, or
         close a run of tool results that the next result would join.
         """
-        num_lasting = min(
-            (common_length(text, longer) for longer in self._going_on(messages)), default=len(text)
-        )
-        if num_lasting == len(text):
-            return text
-        end = self._behind(messages, len(messages) - 1, False)
-        begin = len(text) if end is None else len(text) - len(end)
-        if num_lasting < begin:  # it would rewrite the message itself
-            return text
-        words = re.finditer(rf"{self.tokenizer.lookalike.pattern}|\w+", text[begin:])
-        borders = (begin + word.start() for word in words if word.start() < num_lasting - begin < word.end())
-        return text[: next(borders, num_lasting)]
+        longer = self._going_on(messages)
+        num_lasting = min((common_length(text, other) for other in longer), default=len(text))
+        end = self._behind(messages, len(messages) - 1, False) if num_lasting < len(text) else None
+        if end is None or num_lasting < len(text) - len(end):  # then it rewrites the message itself
+            return ""
+        place = num_lasting - (len(text) - len(end))
+        for word in re.finditer(rf"{self.tokenizer.lookalike.pattern}|\w+", end):
+            if word.start() < place < word.end():
+                place = word.start()
+        return end[place:]
 
     def _going_on(self, messages: Values) -> Iterator[str]:
         """Renders with one message more, as far as the template accepts one."""

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
+from engine.types import RewritePolicy
+from tests.text.telling import Story, Telling
 
 SPECIMENS = Path(__file__).parent / "specimens"
 CORPUS = [
@@ -128,3 +130,21 @@ def speak(byte_level_dir: Path, byte_fallback_dir: Path) -> Speak:
         return tokenizer, ChatTemplate(tokenizer)
 
     return make
+
+
+Tell = Callable[..., Telling]
+
+
+@pytest.fixture
+def tell(speak: Speak, byte_level_dir: Path) -> Iterator[Tell]:
+    """`tell(story)`: the conversation before its first turn."""
+    tellings: list[Telling] = []
+
+    def make(story: Story, policy: RewritePolicy = RewritePolicy.KEEP) -> Telling:
+        tokenizer, _ = speak(story.template)
+        tellings.append(Telling(tokenizer, byte_level_dir / "tokenizer.json", story, policy))
+        return tellings[-1]
+
+    yield make
+    for telling in tellings:
+        telling.service.close()
