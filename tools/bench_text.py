@@ -1,77 +1,104 @@
-"""CPU time that the text of one turn takes in a long conversation: rendered, checked, tokenised.
+"""What the text of one turn costs in a long conversation: rendered, checked, tokenised.
 
-    python -m tools.bench_text MODEL [--messages 400] [--repeats 20]
+    python -m tools.bench_text [TEMPLATE ...] [--messages 400] [--repeats 200]
 
-MODEL is a folder with a tokenizer and a chat template.  Messages have about 150 characters.
+TEMPLATE is a folder with a tokenizer and a chat template, or a .jinja file, which gets the bundled model's
+tokenizer; by default specimens of the tests are measured.  Messages have about 150 characters.  Times are
+medians of `repeats` turns on one thread, as wall and as CPU time: `turn` is all of it, `render` the template
+alone, called once; `append` asks for no reply.  Where `rewritten` is true the template renders the past
+differently, so a turn that keeps it calls the template again to find out what is new.
 """
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from engine.text.chat_template import ChatTemplate
-from engine.text.next_prompt import next_prompt
+from engine.text.next_prompt import TurnPrompt, next_prompt
 from engine.text.past import Past, PastTurn
 from engine.text.tokenizer import Tokenizer
 from engine.types import Message
-from tools.measure import write_result
+from tools.measure import median, write_result
 
-SENTENCE = "The cat called Miso lives in a house by the sea, and she is fond of tea. "
+ROOT = Path(__file__).parent.parent
+SPECIMENS = (
+    *("ordinary", "date_line", "trimming", "system_in_user", "tools_first_user", "tools_system", "calls"),
+    *("reasoning", "reasoning_kept", "always_asking", "forgetting", "replacing"),
+)
+SENTENCE = "The cat called Miso lives in a house by the sea, and she is fond of tea."
+QUESTION = Message("user", f"{SENTENCE} {SENTENCE}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", type=Path, help="folder with tokenizer.json and a chat template")
+    parser.add_argument("templates", nargs="*", metavar="TEMPLATE", type=Path, help="folder, or .jinja file")
     parser.add_argument("--messages", type=int, default=400, help="in the conversation before the turn")
-    parser.add_argument("--repeats", type=int, default=20, help="turns to measure")
+    parser.add_argument("--repeats", type=int, default=200, help="turns to measure")
     arguments = parser.parse_args()
 
-    tokenizer = Tokenizer.from_dir(arguments.model)
-    template = ChatTemplate(tokenizer)
-    question = [Message("user", SENTENCE * 2)]
-    past = _past(template, tokenizer, question, arguments.messages // 2)
-    messages = [*past.messages, *question]
-    figures = {
-        "template": arguments.model.name,
-        "messages": len(past.messages),
-        "history_tokens": past.num_tokens,
-        "render_ms": _median_ms(
-            lambda: template.render(messages, add_generation_prompt=True, now=0.0), arguments.repeats
-        ),
-        "prompt_ms": _median_ms(
-            lambda: next_prompt(template, tokenizer, past, question, now=0.0), arguments.repeats
-        ),
-        "prompt_at_first_turn_ms": _median_ms(
-            lambda: next_prompt(template, tokenizer, Past(), question, now=0.0), arguments.repeats
-        ),
-    }
-    print(json.dumps(figures))
+    own = [ROOT / f"tests/text/specimens/{name}.jinja" for name in SPECIMENS]
+    measured = {}
+    for path in arguments.templates or own:
+        measured[path.stem] = figures = _figures(_tokenizer(path), arguments.messages // 2, arguments.repeats)
+        print(path.stem, json.dumps(figures), flush=True)
+    figures = {"messages": arguments.messages, "repeats": arguments.repeats, "templates": measured}
     print(f"written to {write_result('text', figures)}")
 
 
-def _past(template: ChatTemplate, tokenizer: Tokenizer, question: list[Message], num_turns: int) -> Past:
-    past = Past()
-    reply = tokenizer.encode(SENTENCE * 2, allow_special=False, after=1)
+class CountingTokenizer(Tokenizer):
+    """Counts the characters that it encodes."""
+
+    num_characters = 0
+
+    def encode(self, text: str, *, allow_special: bool, after: int | None = None) -> list[int]:
+        self.num_characters += len(text)
+        return super().encode(text, allow_special=allow_special, after=after)
+
+
+def _tokenizer(path: Path) -> CountingTokenizer:
+    if path.is_dir():
+        return CountingTokenizer.from_dir(path)
+    bundled = ROOT / "tools/demo_model/model"
+    config = json.loads((bundled / "tokenizer_config.json").read_text())
+    return CountingTokenizer((bundled / "tokenizer.json").read_text(), config, path.read_text())
+
+
+def _figures(tokenizer: CountingTokenizer, num_turns: int, repeats: int) -> dict[str, Any]:
+    template, past, tokenised = ChatTemplate(tokenizer), Past(), []
+    ask: Callable[..., TurnPrompt] = partial(next_prompt, template, tokenizer, now=0.0)
+    reply = tokenizer.encode(QUESTION.content, allow_special=False, after=1)
+    first = _milliseconds(lambda: ask(past, [QUESTION]), repeats)
     for _ in range(num_turns):
-        prompt = next_prompt(template, tokenizer, past, question, now=0.0)
-        past.extend(
-            tokenizer,
-            None,
-            PastTurn(tuple(question), prompt.first_token, tuple(prompt.ids), tuple(reply), has_reply=True),
-        )
-    return past
+        before = tokenizer.num_characters
+        prompt = ask(past, [QUESTION])
+        tokenised.append(tokenizer.num_characters - before)
+        turn = PastTurn((QUESTION,), prompt.first_token, tuple(prompt.ids), tuple(reply), has_reply=True)
+        past.extend(tokenizer, None, turn)
+    messages = [*(said.value for said in past.said), {"role": "user", "content": QUESTION.content}]
+    render = partial(template.render_values, messages, None, add_generation_prompt=True, now=0.0)
+    return {
+        "history_tokens": past.num_tokens,
+        "rewritten": ask(past, [QUESTION]).rewritten_from is not None,
+        "render": _milliseconds(render, repeats),
+        "turn": _milliseconds(lambda: ask(past, [QUESTION]), repeats),
+        "first_turn": first,
+        "append": _milliseconds(lambda: ask(past, [QUESTION], wants_reply=False), repeats),
+        "tokenised_characters": {"turn 2": tokenised[1], f"turn {num_turns}": tokenised[-1]},
+    }
 
 
-def _median_ms(work: Callable[[], object], repeats: int) -> float:
-    times = []
+def _milliseconds(work: Callable[[], object], repeats: int) -> dict[str, float]:
+    wall, cpu = [], []
     for _ in range(repeats):
-        start = time.thread_time()
+        wall_start, cpu_start = time.perf_counter(), time.process_time()
         work()
-        times.append(1000 * (time.thread_time() - start))
-    return round(statistics.median(times), 3)
+        cpu.append(time.process_time() - cpu_start)
+        wall.append(time.perf_counter() - wall_start)
+    return {"wall_ms": round(1000 * median(wall), 3), "cpu_ms": round(1000 * median(cpu), 3)}
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Every turn renders all messages and checks that the render begins with the text that the committed tokens
 spell; the rest of it is the turn's prompt.  If it does not, the template rewrites the past: it strips white
 space, or drops reasoning.  Under KEEP the committed tokens stand, and the turn appends what the template
-writes behind the last message; under STRIP it begins at the last token before the divergence and appends all
-that the render has from there, unless that lies in what was given as ids, which always stands.
+writes behind the last message that it shows; under STRIP it begins at the last token before the divergence
+and appends all that the render has from there.  What was given as ids stands under both.
 
 Texts are compared as tokens spell them (`Tokenizer.as_spelled`): some tokenizers normalise, and some control
 tokens swallow the white space beside them.

@@ -1,10 +1,14 @@
 """Templates render as `transformers` renders them, and refuse in words that reach the caller."""
 
+import re
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+import jinja2
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import InvalidRequest, ModelFolderError
 from engine.text.chat_template import ChatTemplate
@@ -65,6 +69,33 @@ def test_a_template_that_fails_or_leaves_the_sandbox_is_a_refusal_too(byte_level
         template = ChatTemplate(Tokenizer(definition, {}, source))
         with pytest.raises(InvalidRequest, match="the model's chat template refuses these messages: "):
             template.render(DIALOGUE, add_generation_prompt=True, now=0)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *("m.content", "m.absent", "m.absent is defined", "m['items']", "m.get('role')", "m.items() | list"),
+        *("m.items", "m.pop('role')", "m.__class__", "m.content.upper()", "m.content.split('e')[-1]"),
+        *("m.content.__class__", "m.content.absent", "m.content._x", "'{0.__class__}'.format(m.content)"),
+        *("m.content.format_map", "m.tool.name", "m.tool.name.strip('f')", "m.list.append(1)", "m.n.real"),
+    ],
+)
+def test_fields_and_methods_are_read_as_the_inherited_sandbox_reads_them(byte_level_dir, expression):
+    value = {"role": "user", "content": "Hello", "items": 1, "tool": {"name": "f"}, "list": [], "n": 2}
+    source = "{% set m = messages[0] %}{{ " + expression + " }}"
+
+    def outcome(render: Callable[[], str]) -> str:
+        try:
+            return re.sub("0x[0-9a-f]+", "", render())
+        except (InvalidRequest, jinja2.TemplateError) as error:
+            return str(error).removeprefix("the model's chat template refuses these messages: ")
+
+    definition = (byte_level_dir / "tokenizer.json").read_text()
+    ours = ChatTemplate(Tokenizer(definition, {}, source))
+    inherited = ImmutableSandboxedEnvironment().from_string(source)
+    assert outcome(lambda: ours.render_values([value], None, add_generation_prompt=True, now=0.0)) == outcome(
+        lambda: inherited.render(messages=[value])
+    )
 
 
 def test_without_a_template_text_is_refused_and_the_way_out_is_named(byte_level_dir):

@@ -1,8 +1,13 @@
 """What a turn appends in the unusual cases: ids among messages, several rewrites, past replies not shown."""
 
+from os.path import commonprefix
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.errors import InvalidRequest, InvariantError
+from engine.text.scene import common_length
 from engine.text.tokenizer import Tokenizer
 from engine.text_service import Past, PastTurn, TextService
 from engine.types import RewritePolicy
@@ -55,6 +60,21 @@ async def test_an_append_holds_only_what_stays_however_the_chat_goes_on(tell):
         wants_reply=False,
     )
     assert telling.spell(prompt.ids).endswith("\n<result>\na\n</result>")
+
+
+async def test_an_append_ends_before_a_word_or_control_token_that_might_become_another(byte_level_dir):
+    definition = (byte_level_dir / "tokenizer.json").read_text()
+    for each, end, held in (
+        ("{{ message.role }}: {{ message.content }}\n", "used:", "user: Hello.\n"),
+        ("<|im_{{ 'start' if message.role == 'user' else 'end' }}|>{{ message.content }}\n", "<|im_end|>",
+         "<|im_start|>Hello.\n"),
+    ):  # fmt: skip
+        source = "{% for message in messages %}" + each + "{% endfor %}" + end
+        tokenizer = Tokenizer(definition, {}, source)
+        service = TextService(tokenizer, num_threads=1)
+        ids = await service.history(None, [user("Hello.")], (), 0.0)
+        service.close()
+        assert tokenizer.decode(ids, skip_special=False) == held
 
 
 async def test_results_that_arrive_one_by_one_join_one_run_also_behind_a_rewritten_past(tell):
@@ -202,3 +222,8 @@ async def test_a_malformed_call_is_named_by_its_place_in_the_request(tell):
     for _ in range(2):
         with pytest.raises(InvalidRequest, match=r"tool_calls\[0\] of message 1 is not JSON"):
             await telling.prompt(user("And?"), assistant("", "{"))
+
+
+@given(st.text("ab", max_size=9), st.text("ab", max_size=9))
+def test_the_common_length_is_that_of_the_common_prefix(one, other):
+    assert common_length(one, other) == len(commonprefix([one, other]))

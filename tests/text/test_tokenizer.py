@@ -277,3 +277,22 @@ def copy_of(source: Path, target: Path, config: dict | None) -> Path:
     if config is not None:
         (target / "tokenizer_config.json").write_text(json.dumps(config))
     return target
+
+
+@given(
+    pieces=st.lists(st.sampled_from([" ", "\n", "a", "<left>", "<right>", "<both>", "<none>"]), max_size=12)
+)
+@PROPERTY
+def test_a_text_as_spelled_is_what_its_ids_spell(byte_level_dir, pieces):
+    backend = tokenizers.Tokenizer.from_file(str(byte_level_dir / "tokenizer.json"))
+    backend.add_special_tokens(
+        [
+            AddedToken("<left>", lstrip=True, normalized=False),
+            AddedToken("<right>", rstrip=True, normalized=False),
+            AddedToken("<both>", lstrip=True, rstrip=True, normalized=False),
+            AddedToken("<none>", normalized=False),
+        ]
+    )
+    tokenizer, text = Tokenizer(backend.to_str(), {}, None), "".join(pieces)
+    ids = tokenizer.encode(text, allow_special=True)
+    assert tokenizer.as_spelled(text, allow_special=True) == tokenizer.decode(ids, skip_special=False)
