@@ -44,6 +44,13 @@ def seconds(text: str) -> float:
     return value
 
 
+def some_seconds(text: str) -> float:
+    value = seconds(text)
+    if value == 0:
+        raise ArgumentTypeError(f"{text!r} seconds are no time at all; give it more than 0")
+    return value
+
+
 def memory(text: str) -> int:
     """Bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-zA-Z]*)", text)

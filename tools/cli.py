@@ -21,6 +21,7 @@ from tools.arguments import (
     model_folder,
     positive,
     seconds,
+    some_seconds,
     some_text,
     token_ids,
 )
@@ -128,7 +129,7 @@ def _declare_serve(add_command: Callable[..., Parser]) -> None:
     )
     add(
         "--step-timeout",
-        type=seconds,
+        type=some_seconds,
         default=120.0,
         metavar="S",
         help="seconds after which a step counts as stuck: health turns off and the server ends (120)",

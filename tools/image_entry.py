@@ -39,7 +39,7 @@ def serve_arguments(arguments: Sequence[str]) -> list[str]:
         added += ["--listen", LISTEN]
     if chosen.tls_cert is None:
         added += ["--insecure"]
-    if chosen.token_file is None and "--help" not in arguments:
+    if chosen.token_file is None and not {"-h", "--help"} & set(arguments):
         folder = data_dir(chosen.data_dir) or Path.home()
         added += ["--token-file", str(make_token(folder))]
         port = (chosen.listen or LISTEN).rpartition(":")[2]

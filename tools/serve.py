@@ -14,7 +14,7 @@ from dataclasses import replace
 from engine import AsyncEngine, EngineConfig, load_engine
 from engine.errors import ConfigError, EngineError
 from engine.statistics import summary_line
-from rpc.listen import Address, ServerOptions, check_exposure
+from rpc.listen import Address, ServerOptions, authenticator, check_exposure, tls_credentials
 from rpc.metrics import serving_metrics
 from rpc.server import serve
 from tools import logs
@@ -56,7 +56,9 @@ def run(chosen: Namespace) -> int:
         insecure=chosen.insecure,
         drain_grace_s=chosen.drain_grace,
     )
-    check_exposure(options)  # before the model takes its time to load
+    address = check_exposure(options)  # what cannot work is told before the model takes its time to load
+    authenticator(options, address)
+    tls_credentials(options)
     metrics = None if chosen.metrics is None else Address.parse(chosen.metrics)
     hub_id = chosen.model if isinstance(chosen.model, str) else None
     chosen.model = resolve_model(chosen.model, chosen.revision, chosen.offline)

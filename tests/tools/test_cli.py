@@ -70,6 +70,7 @@ def here(capsys, monkeypatch):
         (["serve", ".", "--max-queue", "0"], "'0' is not a positive whole number"),
         (["serve", ".", "--drain-grace", "-1"], "'-1' is not a number of seconds"),
         (["serve", ".", "--drain-grace", "nan"], "'nan' is not a number of seconds"),
+        (["serve", ".", "--step-timeout", "0"], "'0' seconds are no time at all; give it more than 0"),
         (["generate", "."], "one of the arguments --prompt --tokens is required"),
         (["generate", ".", "--prompt", ""], "the text is empty"),
         (["generate", ".", "--tokens", "[1, -2]"], "'[1, -2]' is not a JSON list of token ids like [1,2,3]"),
@@ -97,6 +98,7 @@ def test_without_a_bundled_model_one_has_to_be_named(capsys, monkeypatch):
         (["--listen", "0.0.0.0:0"], "add --token-file and --tls-cert and --tls-key, listen on 127.0.0.1, or"),
         (["--listen", "nonsense"], "cannot listen on 'nonsense'; give HOST:PORT"),
         (["--token-file", "/no/tokens"], "the token file /no/tokens cannot be read"),
+        (["--tls-cert", "/no/cert", "--tls-key", "/no/key"], "/no/cert and /no/key do not work for TLS: "),
         (["--tls-cert", "/no/cert"], "--tls-cert was given without --tls-key; TLS needs both"),
         (["--until-eof"], "--until-eof needs a pipe or a terminal on stdin"),
     ],
@@ -354,6 +356,8 @@ def test_health_reaches_a_server_with_tls_and_names_what_it_cannot_read(
     trusting = continuo("health", "--server", server.address, "--tls-ca", certificate)
     assert (trusting.returncode, trusting.stdout) == (0, "SERVING\n"), trusting.stderr
     plain = continuo("health", "--server", server.address)
-    assert plain.returncode == 1 and plain.stderr.startswith(f"error: no answer from {server.address}: ")
+    assert plain.returncode == 1 and plain.stderr.startswith(
+        f"error: no server answers at {server.address} ("
+    )
     blind = continuo("health", "--tls-ca", tmp_path / "none.pem")
-    assert blind.returncode == 2 and "No such file" in blind.stderr
+    assert blind.returncode == 2 and "there is no file" in blind.stderr

@@ -164,7 +164,8 @@ def test_what_is_given_is_not_added(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     given = ["--listen=[::]:1", "--token-file", "t", "--tls-cert", "c", "--tls-key", "k"]
     assert image_entry.serve_arguments(given) == given
-    assert image_entry.serve_arguments(["--help"]) == ["--listen", image_entry.LISTEN, "--insecure", "--help"]
+    for flag in ("-h", "--help"):
+        assert image_entry.serve_arguments([flag]) == ["--listen", image_entry.LISTEN, "--insecure", flag]
     assert (list(tmp_path.iterdir()), capsys.readouterr().err) == ([], "")
 
 
@@ -240,4 +241,4 @@ def test_the_container_starts_is_healthy_and_its_chat_line_works(talking_model, 
         server.kill()
         server.communicate()
     done = subprocess.run(health, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith(f"error: no answer from 127.0.0.1:{port}: ")
+    assert done.returncode == 1 and done.stderr.startswith(f"error: no server answers at 127.0.0.1:{port}")
