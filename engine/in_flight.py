@@ -9,7 +9,7 @@ from concurrent.futures import Future as ThreadFuture
 from dataclasses import replace
 
 from engine.core import EngineCore, TokenEvent
-from engine.errors import EngineError, EngineStopped, TurnCancelled
+from engine.errors import DeadlineExceeded, EngineError, EngineStopped, TurnCancelled
 from engine.live import LiveConversation, TurnInFlight
 from engine.replay import done_event
 from engine.reply_text import Piece
@@ -118,15 +118,23 @@ class TurnsInFlight:
     # -- end
 
     def end(self, live: LiveConversation, reason: FinishReason, keep: bool) -> None:
-        """Stop the turn in flight now.  Does nothing if it is over and only its commit is under way."""
+        """Stop the turn in flight now.  Does nothing if it is over and only its commit is under way.
+
+        Of a turn that would replace others and has said nothing there is nothing to keep: the others stay.
+        """
         flight = live.flight
         if flight is None or flight.turn.finish_reason is not None:
             return
-        self._core.finish(flight.turn, reason, flight.turn.num_generated if keep else None)
+        num_said, id = flight.turn.num_generated, flight.turn_id
+        is_empty = flight.input.number < len(live.turns) and not num_said
+        keep = keep and not is_empty
+        self._core.finish(flight.turn, reason, num_said if keep else None)
         if keep:
             self._conclude(live, reason)
+        elif reason is FinishReason.DEADLINE:
+            self._fail(live, DeadlineExceeded(f"turn {id} had no time to say anything; the old reply stays"))
         else:
-            self._fail(live, TurnCancelled(f"turn {flight.turn_id} was cancelled and discarded"))
+            self._fail(live, TurnCancelled(f"turn {id} was cancelled and discarded"))
 
     def cancel_after(self, live: LiveConversation, grace_s: float) -> None:
         """End the turn in flight in `grace_s` seconds if nobody has attached by then."""

@@ -181,3 +181,13 @@ def _copy(done: "Future[object]", outcome: "Future[object]") -> None:
         outcome.set_result(done.result())
     else:
         outcome.set_exception(error)
+
+
+async def talked(chat: Attachment, times: int = 3) -> list[int]:
+    """That many turns of 10 tokens and a reply of 12; the whole history."""
+    history: list[int] = []
+    for number in range(times):
+        prompt = [number * 10 + n for n in range(10)]
+        reply, _ = await say(chat, ids_turn(str(number), prompt))
+        history += [*prompt, *reply]
+    return history

@@ -1,12 +1,13 @@
-"""Turns without a reply, and other replies to turns that were, over the fake model."""
+"""Other replies to turns that were, over the fake model."""
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
+from engine.conversation import TurnState
 from engine.errors import (
     AlreadyExists,
-    ContextOverflow,
+    DeadlineExceeded,
     InvalidRequest,
     NotFound,
     TurnCancelled,
@@ -15,11 +16,8 @@ from engine.types import (
     ConversationId,
     FinishReason,
     OpenRequest,
-    ResumeRequest,
-    TurnAccepted,
-    TurnDone,
+    TurnFailed,
     TurnId,
-    Usage,
 )
 from tests.engine.harness import (
     BLOCK_SIZE,
@@ -35,73 +33,6 @@ from tests.engine.harness import (
     until,
     until_done,
 )
-
-
-async def test_an_appended_turn_is_done_at_once_and_read_by_the_next() -> None:
-    engine, runner, _ = fake_engine()
-    async with engine:
-        chat = await engine.open(LOCAL, OpenRequest())
-        await chat.turn(append_turn("1", [1, 2, 3]))
-        accepted, done = await read(chat, 2)
-        assert isinstance(accepted, TurnAccepted) and isinstance(done, TurnDone)
-        assert done.finish_reason is FinishReason.APPENDED and done.committed_tokens == 3
-        assert done.usage == Usage(prompt_tokens=3, new_tokens=3) and done.seq == accepted.seq + 1
-        ids, done = await say(chat, ids_turn("2", [4]))
-        assert ids == expected([1, 2, 3, 4])
-
-
-async def test_what_was_appended_is_computed_before_anybody_asks() -> None:
-    engine, runner, manager = fake_engine(max_step_tokens=16)
-    async with engine:
-        chat = await engine.open(LOCAL, OpenRequest())
-        await chat.turn(append_turn("1", list(range(100))))
-        await read(chat, 2)
-        await until(lambda: runner.num_computed == 100)
-        _, done = await say(chat, ids_turn("2", [4]))
-        usage = done.usage
-        assert (usage.cached_device_tokens, usage.recomputed_tokens, usage.new_tokens) == (100, 0, 1)
-        manager.check()
-
-
-async def test_an_engine_that_keeps_no_kv_computes_nothing_ahead() -> None:
-    engine, _, _ = fake_engine(stateless=True)
-    async with engine:
-        chat = await engine.open(LOCAL, OpenRequest())
-        await chat.turn(append_turn("1", list(range(100))))
-        await read(chat, 2)
-        other = await engine.open(LOCAL, OpenRequest())
-        await say(other, ids_turn("1", [1]))
-        _, done = await say(chat, ids_turn("2", [4]))
-        assert (done.usage.cached_device_tokens, done.usage.new_tokens) == (0, 101)
-
-
-async def test_an_append_is_replayed_when_it_is_repeated_and_survives_a_restart(tmp_path: Path) -> None:
-    engine, _, _ = fake_engine(tmp_path)
-    async with engine:
-        chat = await engine.open(LOCAL, OpenRequest())
-        await chat.turn(append_turn("1", [1, 2, 3]))
-        told = await read(chat, 2)
-        await chat.turn(append_turn("1", [1, 2, 3]))
-        assert await read(chat, 2) == told
-        with pytest.raises(AlreadyExists, match="turn id 1 was used in c-.* with other content"):
-            await chat.turn(ids_turn("1", [1, 2, 3]))
-    engine, _, _ = fake_engine(tmp_path)
-    async with engine:
-        chat = await engine.resume(LOCAL, ResumeRequest(chat.conversation_id, after_seq=0))
-        assert await read(chat, 2) == told
-        assert (chat.committed_tokens, chat.committed_turns) == (3, 1)
-        assert (await say(chat, ids_turn("2", [4])))[0] == expected([1, 2, 3, 4])
-
-
-async def test_an_append_may_fill_the_context_and_no_more() -> None:
-    engine, _, _ = fake_engine(num_slots=4)
-    async with engine:
-        chat = await engine.open(LOCAL, OpenRequest(ConversationId("mine")))
-        await chat.turn(append_turn("1", [1] * 48))
-        (_, done) = await read(chat, 2)
-        assert isinstance(done, TurnDone) and done.context_left == 0
-        with pytest.raises(ContextOverflow, match="turn needs 1 tokens but 0 of 48 are left in mine"):
-            await chat.turn(append_turn("2", [1]))
 
 
 @pytest.mark.parametrize("replaces", ["2", None])
@@ -231,3 +162,32 @@ async def test_what_cannot_be_regenerated_is_said() -> None:
             await chat.regenerate(again("2"))
         with pytest.raises(NotFound, match="turn 7 is not in mine; nothing was regenerated"):
             await chat.regenerate(again("2", "7"))
+
+
+@pytest.mark.parametrize("how", ["cancel", "disconnect", "deadline", "drain"])
+async def test_a_regeneration_that_ends_before_it_has_said_anything_leaves_the_old_reply(how: str) -> None:
+    engine, _, manager = fake_engine(max_concurrent=1, disconnect_grace_s=0.01)
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        await say(chat, ids_turn("1", [1, 2]))
+        before = await engine.get(LOCAL, chat.conversation_id)
+        busy = await engine.open(LOCAL, OpenRequest())
+        await busy.turn(ids_turn("1", [9], max_tokens=900))
+        request = replace(again("2"), timeout_s=0.01 if how == "deadline" else None)
+        await chat.regenerate(request)
+        assert (flight := chat._live.flight) is not None and flight.turn.state is TurnState.WAITING
+        error: type[Exception] = TurnCancelled
+        if how == "cancel":
+            await chat.cancel(TurnId("2"), keep=True)
+        elif how == "disconnect":
+            chat.detach()
+        elif how == "deadline":
+            error = DeadlineExceeded
+        else:
+            await engine.drain(0)
+        await until(chat._live.idle.is_set)
+        if how != "disconnect":
+            _, failed = await read(chat, 2)
+            assert isinstance(failed, TurnFailed) and type(failed.error) is error
+        assert await engine.get(LOCAL, chat.conversation_id) == before
+        manager.check()
