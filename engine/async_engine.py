@@ -26,6 +26,7 @@ from engine.errors import (
 )
 from engine.in_flight import TurnsInFlight
 from engine.live import LiveConversation, Outbox
+from engine.load import Load
 from engine.operations import Operations, checked_id
 from engine.registry import Registry, not_found
 from engine.sampler import Sampler
@@ -45,7 +46,6 @@ from engine.types import (
     FinishReason,
     ForkRequest,
     GenerateRequest,
-    Load,
     ModelInfo,
     OpenRequest,
     ResumeRequest,

@@ -76,6 +76,7 @@ class Operations:
         """NotFound; AlreadyExists for an id in use; InvalidRequest for an id or a point that cannot be."""
         new_id = checked_id(request.new_id)
         parent = (await self._registry.find(tenant, request.conversation_id)).record
+        self._registry.unload_idle()  # nobody attaches to it for this
         # `created_at` stays: templates may write it into the history, which must be rendered as before.
         record = replace(
             parent,

@@ -12,8 +12,9 @@ from engine.batch import StepPlan, StepResult
 from engine.conversation import Turn, TurnState
 from engine.errors import EngineError, reason_of
 from engine.live import LiveConversation
+from engine.load import ConversationCounts, Histogram, Load, Tier
 from engine.scheduler import Scheduler
-from engine.types import ConversationCounts, FinishReason, Histogram, Load, Tier, TurnRecord, Usage
+from engine.types import FinishReason, TurnRecord, Usage
 
 BOUNDS_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),

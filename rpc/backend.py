@@ -6,6 +6,7 @@ All methods are called on the event loop.  Where a caller is to be told somethin
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol
 
+from engine.load import Load
 from engine.types import (
     ConversationEvent,
     ConversationId,
@@ -13,7 +14,6 @@ from engine.types import (
     Delta,
     ForkRequest,
     GenerateRequest,
-    Load,
     ModelInfo,
     OpenRequest,
     Point,

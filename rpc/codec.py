@@ -7,6 +7,7 @@ from typing import Any
 from google.protobuf.message import Message as ProtoMessage
 
 from engine import errors
+from engine.load import Load
 from engine.types import (
     ConversationEvent,
     ConversationId,
@@ -16,7 +17,6 @@ from engine.types import (
     ForkRequest,
     GenerateRequest,
     HistoryRewritten,
-    Load,
     Message,
     ModelInfo,
     OpenRequest,

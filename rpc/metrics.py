@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.errors import ConfigError
-from engine.types import Histogram, Load
+from engine.load import Histogram, Load
 from rpc.listen import Address
 
 SNAPSHOT_S = 5.0  # a scrape waits so long for the event loop

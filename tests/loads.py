@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from engine.types import ConversationCounts, Histogram, Load, Tier
+from engine.load import ConversationCounts, Histogram, Load, Tier
 
 BOUNDS = (0.01, 0.1, 1.0)
 

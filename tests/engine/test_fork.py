@@ -115,3 +115,15 @@ async def test_numbers_of_events_go_on_behind_those_of_the_turns_a_fork_began_wi
         assert await until_done(fork) == (first, told)
         _, done = await say(fork, ids_turn("1", [3]))
         assert done.seq > told.seq
+
+
+async def test_forking_what_is_not_in_use_does_not_fill_memory() -> None:
+    engine, _, _ = fake_engine(max_conversations=2)
+    async with engine:
+        for number in range(5):
+            chat = await engine.open(LOCAL, OpenRequest(ConversationId(str(number))))
+            await say(chat, ids_turn("1", [number]))
+            chat.detach()
+        for number in range(5):
+            record = await engine.fork(LOCAL, ForkRequest(ConversationId(str(number))))
+            assert record.num_tokens == 13 and len(engine._registry) <= 2

@@ -12,10 +12,10 @@ from engine.cache.block_pool import BlockPool
 from engine.cache.manager import KVCacheManager
 from engine.cache.policy import lru
 from engine.errors import ContextOverflow, InvalidRequest, QueueFull, TurnCancelled
+from engine.load import ConversationCounts
 from engine.scheduler import Scheduler
 from engine.statistics import BOUNDS_S, Observations, Statistics, summary_line
 from engine.types import (
-    ConversationCounts,
     FinishReason,
     OpenRequest,
     ResumeRequest,

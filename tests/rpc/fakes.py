@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from engine import errors
+from engine.load import Load
 from engine.types import (
     ConversationId,
     ConversationRecord,
@@ -18,7 +19,6 @@ from engine.types import (
     GenerateRequest,
     HistoryRewritten,
     Limits,
-    Load,
     ModelInfo,
     OpenRequest,
     ReplyKind,

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 import pytest
 from google.protobuf.json_format import MessageToDict
 
-from engine.types import Load
+from engine.load import Load
 from rpc import codec
 from rpc._generated import continuo_pb2 as pb
 from rpc.client import ContinuoClient, PermissionDenied, Unauthenticated

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.errors import Draining
-from engine.types import Histogram
+from engine.load import Histogram
 from rpc import codec
 from tests.loads import BOUNDS, a_load
 from tests.rpc.conftest import running
