@@ -91,25 +91,18 @@ def _check(new: Sequence[Message]) -> None:
 
 def _uncommitted(tokenizer: Tokenizer, past: Past, scene: Scene) -> Pieces:
     """What the template writes behind the past, less what is committed of it."""
-    pieces = scene.spelled(scene.behind_past())
+    behind = scene.behind_past()
+    pieces = scene.spelled(behind)
     text = _text(pieces)
     if not past.ends_with_reply:
-        return _without(pieces, _overlap(past.text, text))
+        closing = _text(scene.spelled(scene.closing(behind)))
+        overlaps = (n for n in range(len(closing), 0, -1) if past.text.endswith(closing[:n]))
+        return _without(pieces, next(overlaps, 0))
     closing = (tokenizer.special_text(past.last_id) or "") if past.last_id is not None else ""
     num_spaces = len(text) - len(text.lstrip())
     if closing and text.startswith(closing, num_spaces):
         return _without(pieces, num_spaces + len(closing))
     return pieces
-
-
-def _overlap(text: str, behind: str) -> int:
-    """How many characters at the beginning of `behind` are the end of `text` already."""
-    start = text.find(behind[:1], max(0, len(text) - len(behind)))
-    while 0 <= start < len(text):
-        if behind.startswith(text[start:]):
-            return len(text) - start
-        start = text.find(behind[0], start + 1)
-    return 0
 
 
 def _encode(tokenizer: Tokenizer, pieces: Pieces, after: int | None) -> list[int]:

@@ -69,6 +69,14 @@ class Scene:
             behind = self._behind_what_is_shown()
         return behind.removesuffix(self._passing_end)
 
+    def closing(self, behind: str) -> str:
+        """What of the text behind the past is written there whether or not new messages follow."""
+        past = self.shield.messages[: self.num_past]
+        end = None
+        with suppress(InvalidRequest):
+            end = self._behind(past, self.num_past - 1, False)
+        return behind if end is None else behind[: common_length(behind, end)]
+
     def spelled(self, text: str) -> Pieces:
         """A render as tokens will spell it.  Raises InvalidRequest if the template took brackets apart."""
         spell = self.tokenizer.as_spelled

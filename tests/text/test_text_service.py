@@ -88,6 +88,15 @@ async def test_results_that_arrive_one_by_one_join_one_run_also_behind_a_rewritt
         assert telling.spell(second.ids) == "\n<result>\nb\n</result><|im_end|>\n" + ASKED
 
 
+async def test_a_message_that_is_said_again_behind_a_rewritten_past_is_not_taken_for_committed(tell):
+    telling = tell(Story("tools_system"))
+    await telling.take(say(" Hi. ", user("Hello.")))
+    await telling.take(Step((user("And?"),)))
+    prompt = await telling.prompt(user("And?"))
+    assert prompt.rewritten_from is not None
+    assert telling.spell(prompt.ids) == ASKED
+
+
 # -- past replies that the template does not show
 
 
