@@ -1,5 +1,6 @@
 """Every example runs, against a real server, where its runtime exists."""
 
+import functools
 import json
 import os
 import re
@@ -71,7 +72,7 @@ def test_fork_and_rewind(serve, example, talking_model):
     lines = example(sys.executable, "fork_and_rewind.py", server.address)
     said = [line for line in lines if line.endswith(f": {REPLY}")]
     assert [line.partition(":")[0] for line in said] == [
-        *("told", "asked", "asked in the fork", "asked after that", "another reply")
+        *("told", "asked", "told the fork alone", "asked after that", "another reply")
     ]
     reused = [int(re.search(r"(\d+) of", line)[1]) for line in lines if line.startswith("    ")]
     assert reused[0] == 0 and all(tokens > 0 for tokens in reused[1:])
@@ -103,19 +104,36 @@ def test_token_and_tls(serve, example, talking_model, tmp_path):
     assert re.fullmatch(r"c-\S+ \d+", mine)
 
 
-def test_node_chat_js_with_the_packages_of_package_json(serve, example, talking_model):
-    node, folder = shutil.which("node"), os.environ.get("CONTINUO_TEST_NODE")
-    if not node or not folder:
+@pytest.fixture
+def node(example):
+    """Runs a program of Node with the packages of package.json."""
+    program, folder = shutil.which("node"), os.environ.get("CONTINUO_TEST_NODE")
+    if not program or not folder:
         pytest.skip("needs node, and CONTINUO_TEST_NODE naming a folder with the packages of package.json")
     wanted = json.loads((EXAMPLES / "node" / "package.json").read_text())["dependencies"]
     modules = Path(folder) / "node_modules"
     assert all((modules / name).is_dir() for name in wanted), f"{modules} lacks some of {list(wanted)}"
-    server = serve(talking_model)
-    lines = example(node, "node/chat.js", server.address, input="One.\nTwo.\n", NODE_PATH=str(modules))
+    return functools.partial(example, program, NODE_PATH=str(modules))
+
+
+def test_node_chat_js(serve, node, talking_model):
+    lines = node("node/chat.js", serve(talking_model).address, input="One.\nTwo.\n")
     opened, first, first_reuse, second, second_reuse = lines
     assert re.fullmatch(r"c-\S+, 2048 tokens left", opened)
     assert first == second == REPLY
     assert first_reuse.startswith("[0 of") and not second_reuse.startswith("[0 of")
+
+
+def test_the_lines_for_node_in_the_protocols_readme(serve, node, talking_model, tmp_path):
+    """A real server's last delta has a token and no text."""
+    server = serve(talking_model)
+    (program,) = re.findall(r"```js\n(.*?)```", (ROOT / "rpc" / "README.md").read_text(), re.DOTALL)
+    program = program.replace("localhost:50051", server.address)
+    (tmp_path / "chat.js").write_text(
+        program.replace("'continuo.proto'", repr(str(ROOT / "rpc" / "continuo.proto")))
+    )
+    reply, ending, *_ = node(tmp_path / "chat.js")
+    assert (reply, ending) == (REPLY, "FINISH_REASON_STOP_TOKEN {")
 
 
 def test_grpcurl_sh_runs(serve, example, talking_model):

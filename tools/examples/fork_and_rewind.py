@@ -16,11 +16,11 @@ async def main(address: str = "localhost:50051") -> None:
         show("asked", await chat.say("What is my cat called?"))
 
         fork = await chat.fork(turns=1)  # a copy that knows the first turn; the KV cache is shared
-        show("asked in the fork", await fork.say("Is a cat a good friend?"))
+        show("told the fork alone", await fork.say("My dog is called Bruno."))
 
         await chat.rewind(turns=1)  # the second turn is gone, as if it had never been asked
-        await chat.append("By the way, Miso is five years old.")  # told without asking for a reply
-        show("asked after that", await chat.say("How old is my cat?"))
+        await chat.append("I like long stories.")  # told without asking for a reply
+        show("asked after that", await chat.say("What is my dog called?"))
         show("another reply", await chat.regenerate(temperature=1.0, seed=7))
 
         where("the first", chat)
