@@ -127,7 +127,11 @@ class Chat:
         return await self._fork(fork_request(self.id, turns, tokens, id, labels))
 
     async def cancel(self, *, discard: bool = False) -> None:
-        """Ends the turn in flight: its reply ends with CANCELLED.  What was said is kept unless `discard`."""
+        """Ends the turn in flight: its reply ends with CANCELLED.  What was said is kept unless `discard`.
+
+        A reply that leaves no trace raises `Cancelled` where it is read; so does one of `regenerate` that has
+        said nothing yet.
+        """
         if not self._turn_id:
             raise FailedPrecondition("no turn is in flight in this chat; there is nothing to cancel")
         if self._call is None or self._call.ended:
