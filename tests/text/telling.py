@@ -14,10 +14,6 @@ from engine.types import Message, RewritePolicy
 END = "<|im_end|>"
 
 
-def user(text: str) -> Message:
-    return Message("user", text)
-
-
 def assistant(text: str, *calls: str) -> Message:
     return Message("assistant", text, tool_calls=calls)
 

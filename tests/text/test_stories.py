@@ -4,7 +4,8 @@ import pytest
 
 from engine.text_service import TurnPrompt
 from engine.types import RewritePolicy
-from tests.text.telling import Step, Story, assistant, result, say, user
+from tests.text.chat import user
+from tests.text.telling import Step, Story, assistant, result, say
 
 FIND = '{"type": "function", "function": {"name": "find", "description": "Where a cat is", "parameters": {}}}'
 CALL = '{"id": "123456789", "type": "function", "function": {"name": "find", "arguments": {"cat": "Miso"}}}'

@@ -11,7 +11,8 @@ from engine.text.scene import common_length
 from engine.text.tokenizer import Tokenizer
 from engine.text_service import Past, PastTurn, TextService
 from engine.types import RewritePolicy
-from tests.text.telling import END, Step, Story, assistant, result, say, user
+from tests.text.chat import user
+from tests.text.telling import END, Step, Story, assistant, result, say
 
 pytestmark = pytest.mark.filterwarnings("default")  # what a foreign package warns of is not ours to judge
 ASKED = "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
