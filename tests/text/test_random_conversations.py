@@ -17,15 +17,7 @@ TEMPLATES = (
     *("ordinary", "date_line", "trimming", "system_in_user", "always_asking", "reasoning", "reasoning_kept"),
     *("tools", "tools_first_user", "tools_system", "calls", "forgetting", "replacing", "only_last"),
 )
-SHOWS_ALL = (
-    "ordinary",
-    "date_line",
-    "trimming",
-    "always_asking",
-    "tools",
-    "tools_first_user",
-    "tools_system",
-)
+SHOWS_ALL = ("ordinary", "date_line", "trimming", "always_asking", "tools", "tools_system")
 
 
 def any_message(choose: random.Random) -> Message:
