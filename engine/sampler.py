@@ -10,8 +10,9 @@ from engine.edits import Edits
 from engine.errors import InvalidRequest
 from engine.stopping import stop_ids
 from engine.types import SamplingParams, TokenLogprobs
+from kernels.highest import Highest, highest
 from kernels.logprobs import logprobs
-from kernels.sampling import SamplingRows, greedy, sample
+from kernels.sampling import NUM_LISTED, SamplingRows, greedy, sample
 
 
 class Sampler:
@@ -60,10 +61,19 @@ class Sampler:
         with torch.inference_mode():  # as the model that made these logits: elsewhere they may not be written
             self._edits.apply(logits, params)
             rows = list(params.values())
+            listed = _listed(logits, [p.sampling for p in rows])
             all_greedy = not any(p.sampling.temperature for p in rows)
-            chosen = greedy(logits) if all_greedy else sample(logits, _rows(rows))
+            chosen = greedy(logits) if all_greedy else sample(logits, _rows(rows), listed)
             ids: dict[int, int] = dict(zip(params, chosen.tolist(), strict=True))
-            return ids, _logprobs(logits, params, chosen)
+            return ids, _logprobs(logits, params, chosen, listed)
+
+
+def _listed(logits: Tensor, params: Sequence[SamplingParams]) -> Highest | None:
+    """As many of the highest tokens as both a top-k and the logprobs need; None if that is none."""
+    nums = [p.logprobs or 0 for p in params]
+    nums += [p.top_k for p in params if p.temperature and p.top_k and p.top_k <= NUM_LISTED]
+    most = max(nums, default=0)
+    return highest(logits, min(most, logits.shape[1])) if most else None
 
 
 def _rows(params: Sequence[RowParams]) -> SamplingRows:
@@ -77,7 +87,9 @@ def _rows(params: Sequence[RowParams]) -> SamplingRows:
     )
 
 
-def _logprobs(logits: Tensor, params: Mapping[int, RowParams], chosen: Tensor) -> dict[int, TokenLogprobs]:
+def _logprobs(
+    logits: Tensor, params: Mapping[int, RowParams], chosen: Tensor, listed: Highest | None
+) -> dict[int, TokenLogprobs]:
     """Of the rows that report them; a token that cannot be chosen is not among the likeliest."""
     asked = [(at, row, p.sampling.logprobs) for at, (row, p) in enumerate(params.items())]
     wanted = [(at, row, num) for at, row, num in asked if num is not None]
@@ -85,7 +97,8 @@ def _logprobs(logits: Tensor, params: Mapping[int, RowParams], chosen: Tensor) -
         return {}
     some = slice(None) if len(wanted) == len(params) else torch.tensor([at for at, _, _ in wanted])
     most = max(num for _, _, num in wanted)
-    of_chosen, top, ids = (found.tolist() for found in logprobs(logits[some], chosen[some], most))
+    found = logprobs(logits[some], chosen[some], most, listed and listed.select(some))
+    of_chosen, top, ids = (values.tolist() for values in found)
     return {
         row: TokenLogprobs(
             token,

@@ -1,25 +1,33 @@
 """Choosing the next token of each row: greedy, or a seeded draw after temperature, top-k, top-p and min-p.
 
-A draw depends on (seed, position, that row's logits and parameters) and on nothing else: its uniform number
-is a hash of seed and position, and every sum is taken in a fixed order, so that batch mates change nothing.
+A draw depends on (seed, position, that row's logits and parameters) and on nothing else: its uniform numbers
+are hashes of seed and position, and every sum is taken in a fixed order, so that batch mates change nothing.
 
 The filters apply in the order temperature, top-k, top-p, min-p (as in Hugging Face transformers and vLLM).
-Each keeps a prefix of the tokens sorted by descending logit, ties by ascending id; what is needed is the
-length of the shortest prefix.  Only the highest tokens are sorted, as long as that prefix ends among them,
-which it nearly always does.  A row without filters is not sorted at all.
+Each keeps a prefix of the tokens sorted by descending logit, ties by ascending id.  But no vocabulary is
+sorted: with top-k the highest k tokens are listed, and the draw is made among them; without, a token is drawn
+from all, and kept if the mass of the tokens before it, summed in one pass, is less than top-p.  Otherwise the
+draw is repeated among the tokens before it: all that are kept are among them, with their weights, so that in
+the end each is chosen as often as it should be (as in FlashInfer, 2501.01005).
 
-This is the CPU path and the reference.  Probabilities are fp64: sums over 150K of them keep 13 digits.
+This is the CPU path and the reference.  Weights of whole rows are fp32, their sums by blocks fp32 and beyond
+fp64; next to the listed tokens all is fp64.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.highest import highest
+from kernels.highest import Highest, highest
 
-_NUM_CACHED = 2**17  # logits worked on at a time, so that the fp64 copies of them stay in the cache
+NUM_LISTED = 256  # a top-k beyond this has its own, longer list, so as to lengthen no other row's
+_BLOCK = 256  # weights summed in one go
+_NUM_CACHED = 2**20  # weights worked on at a time, so that they stay in the cache
+_INCREMENT = -0x61C8864680B583EB  # of splitmix64
+_LARGEST = 1 - 2**-53  # below 1; its product with any number in fp64 is below that number
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +46,10 @@ class SamplingRows:
         return SamplingRows(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
-def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
+def sample(logits: Tensor, rows: SamplingRows, listed: Highest | None = None) -> Tensor:
     """Choose a token for each row.  logits: [S, V] fp32 on CPU, not changed -> ids [S] int64.
 
+    `listed`, if known already: the highest tokens of each row, for every top-k up to NUM_LISTED enough.
     Tokens with logit -inf are never drawn; a row needs one finite logit, and no NaN or +inf.  Among equal
     logits the lowest id comes first, greedily and in every filter.  ValueError for other shapes and dtypes.
     """
@@ -53,17 +62,19 @@ def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
                 f"rows.{field.name} is {list(shape)}; it must be [{logits.shape[0]}] like logits"
             )
     is_drawn = rows.temperature > 0
-    is_filtered = (rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)
+    is_cut = (rows.top_k > 0) & (rows.top_k < logits.shape[1])
+    is_long = rows.top_k > NUM_LISTED
     ids = torch.empty(len(logits), dtype=torch.int64)
     for chosen, choose in (
-        (~is_drawn, lambda logits, _: greedy(logits)),
-        (is_drawn & is_filtered, _draw_filtered),
-        (is_drawn & ~is_filtered, _draw_from_all),
+        (~is_drawn, lambda logits, *_: greedy(logits)),
+        (is_drawn & ~is_cut, lambda logits, rows, _: _draw_from_all(logits, rows)),
+        (is_drawn & is_cut & ~is_long, _draw_from_listed),
+        (is_drawn & is_cut & is_long, lambda logits, rows, _: _draw_from_listed(logits, rows, None)),
     ):
         if chosen.all():  # nothing to be copied, which is the common case
-            return choose(logits, rows)
+            return choose(logits, rows, listed)
         if chosen.any():
-            ids[chosen] = choose(logits[chosen], rows.select(chosen))
+            ids[chosen] = choose(logits[chosen], rows.select(chosen), listed and listed.select(chosen))
     return ids
 
 
@@ -73,68 +84,89 @@ def greedy(logits: Tensor) -> Tensor:
     return torch.from_numpy(logits.numpy().argmax(-1))
 
 
+def _draw_from_listed(logits: Tensor, rows: SamplingRows, listed: Highest | None) -> Tensor:
+    """Draws for rows with a top-k below V."""
+    listed = listed or highest(logits, int(rows.top_k.max()))
+    weights = (listed.values.double() - listed.values[:, :1]).div_(rows.temperature[:, None]).exp_()
+    cumulative = weights.cumsum(-1)
+    num_top_k = rows.top_k.clamp(max=weights.shape[1])  # beyond, and behind the end of a list, weights are 0
+    mass = cumulative.gather(1, num_top_k[:, None] - 1)
+    num_top_p = (cumulative < rows.top_p[:, None] * mass).sum(-1) + 1
+    num_min_p = (weights >= rows.min_p[:, None]).sum(-1)
+    num_kept = torch.minimum(torch.minimum(num_top_k, num_top_p), num_min_p)
+    mass = cumulative.gather(1, num_kept[:, None] - 1)[:, 0]
+    index = _find(_uniform(_bits(rows.seed, rows.position)) * mass, cumulative)
+    return listed.ids.gather(1, index[:, None])[:, 0]
+
+
 def _draw_from_all(logits: Tensor, rows: SamplingRows) -> Tensor:
-    drawn = []
-    for part, part_rows in _parts(logits, rows):
-        cumulative = _weights(part, part_rows.temperature).cumsum(-1)
-        drawn.append(_find(_uniform(part_rows.seed, part_rows.position) * cumulative[:, -1], cumulative))
-    return torch.cat(drawn)
+    """Draws for rows without top-k, some at a time."""
+    size = max(1, _NUM_CACHED // logits.shape[1])
+    parts = [slice(first, first + size) for first in range(0, len(logits), size)]
+    return torch.cat([_draw_from_part(logits[some], rows.select(some)) for some in parts])
 
 
-def _draw_filtered(logits: Tensor, rows: SamplingRows, num_highest: int = 256) -> Tensor:
-    """Draws for rows with a filter: among the highest tokens, then among more where these were too few."""
-    vocab = logits.shape[1]
-    ids, is_known = _draw_among_highest(num_highest if 4 * num_highest < vocab else vocab, logits, rows)
-    if not is_known.all():
-        rest = _parts(logits[~is_known], rows.select(~is_known))
-        ids[~is_known] = torch.cat([_draw_filtered(*part, 16 * num_highest) for part in rest])
+def _draw_from_part(logits: Tensor, rows: SamplingRows) -> Tensor:
+    weights = (logits - logits.amax(-1, keepdim=True)).div_(rows.temperature[:, None]).exp_()
+    cumulative = _cumulative(weights)
+    limits = rows.top_p * cumulative[:, -1]
+    if rows.min_p.any():
+        is_kept = weights.numpy() >= rows.min_p.numpy()[:, None]
+        np.multiply(weights.numpy(), is_kept, out=weights.numpy())
+        cumulative = _cumulative(weights)
+    bits = _bits(rows.seed, rows.position)
+    at = torch.arange(len(weights))
+    ids = _draw(weights, at, cumulative, _uniform(bits))
+    at = at[rows.top_p < 1]  # rows whose token may be one that top-p excludes
+    while len(at):
+        cumulative = _keep_before_(ids[at], weights, logits, at)
+        is_excluded = cumulative[:, -1] >= limits[at]
+        at, cumulative = at[is_excluded], cumulative[is_excluded]
+        bits = _mix(bits + _INCREMENT)
+        ids[at] = _draw(weights, at, cumulative, _uniform(bits[at]))
     return ids
 
 
-def _draw_among_highest(num_highest: int, logits: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
-    """(ids [S], is_known [S]).  Where filters keep more than the sorted tokens, the id is not known yet."""
-    vocab = logits.shape[1]
-    values, order, num_known = highest(logits, num_highest)
-    weights = _weights(values, rows.temperature)
-    cumulative = weights.cumsum(-1)
+def _draw(weights: Tensor, at: Tensor, cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens chosen by weight: first the block, then, by what is left of the number, the token in it.
 
-    is_cut = (rows.top_k > 0) & (rows.top_k < vocab)
-    num_top_k = torch.where(is_cut, rows.top_k, vocab)
-    total = cumulative.gather(1, num_top_k.clamp(max=values.shape[1])[:, None] - 1)[:, 0]
-    if num_highest < vocab and not is_cut.all():
-        total[~is_cut] = _sum_of_weights(logits[~is_cut], rows.select(~is_cut))
-    num_top_p = (cumulative < (rows.top_p * total)[:, None]).sum(-1) + 1
-    num_top_p = torch.where(rows.top_p < 1, num_top_p, vocab)
-    num_min_p = (weights >= rows.min_p[:, None]).sum(-1)
-    num_min_p = torch.where(rows.min_p > 0, num_min_p, vocab)
-
-    num_kept = torch.minimum(torch.minimum(num_top_k, num_top_p), num_min_p)
-
-    # A prefix as long as the list may go on behind it.
-    is_known = ((num_kept < num_known) | (num_known == vocab)) & (~is_cut | (rows.top_k <= num_known))
-    mass_kept = cumulative.gather(1, num_kept.clamp(max=values.shape[1])[:, None] - 1)[:, 0]
-    index = _find(_uniform(rows.seed, rows.position) * mass_kept, cumulative)
-    return order.gather(1, index[:, None])[:, 0], is_known
+    weights: [S, V] fp32, of which N rows, at: [N]; cumulative: [N, B] fp64, of their blocks; uniform: [N]
+    fp64 in [0, 1) -> ids [N]
+    """
+    vocab = weights.shape[1]
+    targets = uniform * cumulative[:, -1]
+    block = _find(targets, cumulative)[:, None]
+    before, behind = F.pad(cumulative, (1, 0)).gather(1, torch.cat([block, block + 1], 1)).unbind(1)
+    rest = ((targets - before) / (behind - before)).clamp_(max=_LARGEST)
+    ids = block * _BLOCK + torch.arange(_BLOCK)
+    in_block = weights[at[:, None], ids.clamp(max=vocab - 1)].double().mul_(ids < vocab).cumsum(-1)
+    return block[:, 0] * _BLOCK + _find(rest * in_block[:, -1], in_block)
 
 
-def _weights(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Probabilities up to a factor: [S, N] fp64, 1 for the highest logit of a row."""
-    top = logits.amax(-1, keepdim=True)
-    return logits.double().sub_(top).div_(temperature[:, None]).exp_()
+def _cumulative(weights: Tensor) -> Tensor:
+    """What a block of a row and those before it sum up to.  [S, V] fp32 -> [S, B] fp64
+
+    NumPy's sum of a block has the same bits in any batch; torch's has not.
+    """
+    firsts = np.arange(0, weights.shape[1], _BLOCK)
+    return torch.from_numpy(np.add.reduceat(weights.numpy(), firsts, axis=1)).double().cumsum(-1)
 
 
-def _sum_of_weights(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """[S] fp64.  NumPy's sum of a row has the same bits in any batch; torch's has not."""
-    weights = (_weights(part, part_rows.temperature) for part, part_rows in _parts(logits, rows))
-    return torch.cat([torch.from_numpy(some.numpy().sum(-1)) for some in weights])
+def _keep_before_(ids: Tensor, weights: Tensor, logits: Tensor, at: Tensor) -> Tensor:
+    """Makes weights 0 that do not come before a token in sorted order.  ids: [N], of the N rows `at`.
 
-
-def _parts(logits: Tensor, rows: SamplingRows) -> Iterator[tuple[Tensor, SamplingRows]]:
-    """All rows in order, few at a time."""
-    size = max(1, _NUM_CACHED // logits.shape[1])
-    for first in range(0, len(logits), size):
-        some = slice(first, first + size)
-        yield logits[some], rows.select(some)
+    What is left, as `_cumulative` [N, B].  Row by row, so that it stays in the cache, and by NumPy, which
+    takes a quarter of torch's time to multiply by truth.
+    """
+    cumulative = []
+    is_before = np.empty(logits.shape[1], dtype=bool)
+    for n, id in zip(at.tolist(), ids.tolist(), strict=True):
+        row, kept = logits[n].numpy(), weights[n].numpy()
+        np.greater_equal(row[:id], row[id], out=is_before[:id])
+        np.greater(row[id:], row[id], out=is_before[id:])
+        np.multiply(kept, is_before, out=kept)
+        cumulative.append(_cumulative(weights[n : n + 1]))
+    return torch.cat(cumulative)
 
 
 def _find(targets: Tensor, cumulative: Tensor) -> Tensor:
@@ -142,9 +174,13 @@ def _find(targets: Tensor, cumulative: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0]
 
 
-def _uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """A number in [0, 1) for each pair, fp64 of 53 bits: two rounds of splitmix64, in wrapping int64."""
-    bits = _mix(_mix(seed) + (position + 1) * -0x61C8864680B583EB)
+def _bits(seed: Tensor, position: Tensor) -> Tensor:
+    """64 random bits for each pair: two rounds of splitmix64, in wrapping int64."""
+    return _mix(_mix(seed) + (position + 1) * _INCREMENT)
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """[S] int64 -> [S] fp64 of 53 bits, in [0, 1)."""
     return _shift_right(bits, 11).double() * 2.0**-53
 
 

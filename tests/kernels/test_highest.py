@@ -29,27 +29,27 @@ def test_the_highest_are_a_prefix_of_the_sorted_row(kind: str, num: int) -> None
     if kind == "huge":
         logits = logits.sign() * torch.finfo(torch.float32).max
     before = logits.clone()
-    values, ids, num_known = highest(logits, num)
+    listed = highest(logits, num)
+    values, ids = listed.values, listed.ids
     assert torch.equal(logits, before)
     for n, row in enumerate(logits):
         expected = [token for token in by_sorting(row) if row[token] > -math.inf]
-        listed = int((values[n] > -math.inf).sum())
-        assert listed >= min(num, len(expected))
-        assert ids[n, :listed].tolist() == expected[:listed]
-        assert torch.equal(values[n, :listed], row[expected[:listed]])
-        assert num_known[n] == (300 if kind == "mostly -inf" and num > 4 or num == 300 else listed)
+        count = int((values[n] > -math.inf).sum())
+        assert count >= min(num, len(expected))
+        assert ids[n, :count].tolist() == expected[:count]
+        assert torch.equal(values[n, :count], row[expected[:count]])
 
 
 def test_a_row_lists_the_same_in_any_batch() -> None:
     logits = torch.randn(20, 1000).round(decimals=1)
     logits[::3] = 0.0
-    values, ids, num_known = highest(logits, 30)
+    together = highest(logits, 30)
     for n in range(20):
         alone = highest(logits[n : n + 1], 30)
-        listed = alone[0].shape[1]
-        assert torch.equal(alone[0][0], values[n, :listed])
-        assert torch.equal(alone[1][0], ids[n, :listed])
-        assert alone[2] == num_known[n]
+        count = alone.values.shape[1]
+        assert torch.equal(alone.values[0], together.values[n, :count])
+        assert torch.equal(alone.ids[0], together.ids[n, :count])
+        assert torch.all(together.values[n, count:] == -math.inf)
 
 
 @pytest.mark.parametrize("vocab", [21, 3000])
@@ -77,3 +77,14 @@ def test_logprobs_of_a_row_have_the_same_bits_in_any_batch() -> None:
     for n in range(40):
         alone = logprobs(logits[n : n + 1].clone(), chosen[n : n + 1], 7)
         assert all(torch.equal(a[0], b[n]) for a, b in zip(alone, together, strict=True))
+
+
+def test_logprobs_from_a_longer_list_are_the_same() -> None:
+    logits = 3 * torch.randn(12, 3000)
+    logits[::4, 3:] = -math.inf
+    chosen = torch.zeros(12, dtype=torch.int64)
+    found, from_list = (logprobs(logits, chosen, 7, listed) for listed in (None, highest(logits, 60)))
+    finite = found[1] > -math.inf
+    assert torch.equal(finite, from_list[1] > -math.inf)
+    assert torch.equal(found[0], from_list[0])
+    assert all(torch.equal(a[finite], b[finite]) for a, b in zip(found[1:], from_list[1:], strict=True))

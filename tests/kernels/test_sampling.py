@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.sampling import SamplingRows, _draw_among_highest, greedy, sample
+from kernels.highest import highest
+from kernels.sampling import NUM_LISTED, SamplingRows, _cumulative, _draw, greedy, sample
 
 
 def rows(
@@ -59,6 +62,7 @@ FILTERS = [
     (0.7, 0, 1.0, 0.0),
     (1.5, 5, 1.0, 0.0),
     (1.0, 0, 0.8, 0.0),
+    (6.0, 0, 0.3, 0.0),  # most first draws are excluded
     (1.0, 0, 1.0, 0.1),
     (0.9, 12, 0.85, 0.05),
     (1.3, 3, 0.999, 0.0),
@@ -67,7 +71,7 @@ FILTERS = [
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), FILTERS)
-@pytest.mark.parametrize("vocab", [40, 1100])  # sorted whole, and by the highest tokens first
+@pytest.mark.parametrize("vocab", [40, 1100])  # one block of weights, and several
 def test_draws_follow_the_filtered_distribution(
     vocab: int, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
@@ -88,7 +92,7 @@ def test_draws_follow_the_filtered_distribution(
 def test_a_draw_is_the_same_alone_and_among_any_batch_mates() -> None:
     num, vocab = 48, 4999
     logits = 4 * torch.randn(num, vocab)
-    logits[1::3] *= 0.05  # flat rows, which need more than the highest tokens
+    logits[1::3] *= 0.05  # flat rows, which are drawn from again and again
     mixed = SamplingRows(
         temperature=torch.tensor([0.0, 0.6, 1.0, 2.0]).repeat(12),
         top_k=torch.tensor([0, 0, 50, 0, 1000]).repeat(10)[:num],
@@ -106,32 +110,92 @@ def test_a_draw_is_the_same_alone_and_among_any_batch_mates() -> None:
 
 
 def test_sums_and_exponentials_of_a_row_have_the_same_bits_in_any_batch() -> None:
-    """What the test above relies on, of torch: otherwise it could pass by luck."""
+    """What the test above relies on, of torch and NumPy: otherwise it could pass by luck."""
     for dtype in (torch.float64, torch.float32):
         weights = torch.randn(17, 4999, dtype=dtype)
         together = weights.exp()
-        cumulative, total = together.cumsum(-1), torch.from_numpy(together.numpy().sum(-1))
+        cumulative, of_blocks = together.cumsum(-1), _cumulative(together)
         for n in range(17):
             alone = weights[n : n + 1].clone().exp()
             assert torch.equal(alone[0], together[n])
             assert torch.equal(alone.cumsum(-1)[0], cumulative[n])
-            assert torch.equal(torch.from_numpy(alone.numpy().sum(-1))[0], total[n])
+            assert torch.equal(_cumulative(alone)[0], of_blocks[n])
 
 
-@pytest.mark.parametrize("vocab", [1025, 3000, 20_011])
-def test_sorting_the_highest_tokens_only_draws_what_sorting_all_draws(vocab: int) -> None:
-    """Rounded logits, so that ties lie everywhere, also where the highest tokens end."""
+def test_a_draw_is_the_same_by_any_number_of_threads() -> None:
+    logits = 2 * torch.randn(40, 20_011)
+    parameters = rows(40, temperature=0.7, seed=torch.arange(40))
+    parameters.top_p[::2] = 0.6
+    parameters.top_k[::4] = 40
+    parameters.min_p[::3] = 0.01
+    num_threads = torch.get_num_threads()
+    try:
+        drawn = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            drawn.append(sample(logits, parameters).tolist())
+    finally:
+        torch.set_num_threads(num_threads)
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    vocab=st.integers(1, 700),
+    scale=st.sampled_from([0.0, 0.3, 2.0, 20.0]),
+    temperature=st.sampled_from([0.05, 0.7, 1.0, 3.0]),
+    top_k=st.sampled_from([0, 1, 7, 256, 257, 600, 10_000]),
+    top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-4, 0.1, 1.0]),
+)
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_only_tokens_that_all_filters_keep_are_drawn(
+    seed: int, vocab: int, scale: float, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Ties lie everywhere.  By so much as fp32 errs, a filter may keep one token more than its definition."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(vocab, generator=generator)).round(decimals=1)
+    logits[torch.rand(vocab, generator=generator) < 0.2] = -math.inf
+    logits[seed % vocab] = scale
+    more = top_p * (1 + 1e-5) if top_p < 1 else 1.0
+    kept = kept_by_definition(logits, temperature, top_k, more, min_p * (1 - 1e-5))
+    drawn = draws(logits, 20, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    assert torch.all(kept[drawn] > 0)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 1024, 5001])
+def test_a_draw_inverts_the_cumulative_distribution(vocab: int) -> None:
+    """Up to what fp32 sums of blocks err by, and at both ends of [0, 1) to the very token."""
+    ends = torch.tensor([0.0, 2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
+    uniform = torch.cat([ends, torch.rand(200, dtype=torch.float64)])
+    weights = torch.randn(vocab).mul_(3).exp_()
+    weights[torch.rand(vocab) < 0.3] = 0
+    weights[: vocab // 3] = weights[vocab - vocab // 4 :] = 0
+    weights[vocab // 2] = 1.0
+    repeated = weights.repeat(len(uniform), 1)
+    ids = _draw(repeated, torch.arange(len(uniform)), _cumulative(repeated), uniform)
+    exact = weights.double().cumsum(0) / weights.double().sum()
+    assert torch.all(weights[ids] > 0)
+    assert torch.all(exact[ids] >= uniform - 1e-6)
+    assert torch.all(exact[ids] - weights[ids] / weights.double().sum() <= uniform + 1e-6)
+    with_weight = weights.nonzero()[:, 0]
+    assert ids[0] == with_weight[0]
+    assert ids[2] == with_weight[-1]
+
+
+@pytest.mark.parametrize("vocab", [300, 3000, 20_011])
+def test_a_list_known_before_changes_no_draw(vocab: int) -> None:
+    """Rounded logits, so that ties lie everywhere, also where lists end."""
     logits = (8 * torch.randn(64, vocab)).round() / 4
     logits[:20] = logits[:20].clamp(max=2)  # hundreds of equals at the top
     parameters = rows(64, temperature=0.9, seed=torch.arange(64))
-    parameters.top_k[:] = torch.tensor([0, 1, 40, 300]).repeat(16)
+    parameters.top_k[:] = torch.tensor([0, 1, 40, NUM_LISTED, NUM_LISTED + 1, 290, 0, 3]).repeat(8)
     parameters.top_p[::3] = 0.9
     parameters.min_p[::5] = 0.05
-    parameters.min_p[::4] = 0.02  # those without top-k have another filter
-    by_full_sort, is_known = _draw_among_highest(vocab, logits, parameters)
-    assert is_known.all()
-    assert not _draw_among_highest(16, logits, parameters)[1].all()
-    assert torch.equal(sample(logits, parameters), by_full_sort)
+    parameters.temperature[::7] = 0
+    drawn = sample(logits, parameters)
+    for num in (NUM_LISTED, vocab):
+        assert torch.equal(sample(logits, parameters, highest(logits, num)), drawn)
 
 
 def test_a_draw_depends_on_seed_and_on_position() -> None:
