@@ -98,10 +98,10 @@ def _uncommitted(tokenizer: Tokenizer, past: Past, scene: Scene) -> Pieces:
         closing = _text(scene.spelled(scene.closing(behind)))
         overlaps = (n for n in range(len(closing), 0, -1) if past.text.endswith(closing[:n]))
         return _without(pieces, next(overlaps, 0))
-    closing = (tokenizer.special_text(past.last_id) or "") if past.last_id is not None else ""
+    sampled = (tokenizer.special_text(past.last_id) or "") if past.last_id is not None else ""
     num_spaces = len(text) - len(text.lstrip())
-    if closing and text.startswith(closing, num_spaces):
-        return _without(pieces, num_spaces + len(closing))
+    if sampled and text.startswith(sampled, num_spaces):
+        return _without(pieces, num_spaces + len(sampled))
     return pieces
 
 

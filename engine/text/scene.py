@@ -159,9 +159,11 @@ class Scene:
 
     def _shown(self, messages: Values) -> tuple[int, str]:
         """The number of the last marked message that is shown, from 1, and what is written behind it."""
-        before, _, behind = self._render(messages, self.asks_for_reply).rpartition(self._marker)
-        place = before.rpartition(self._marker)[2]
-        return int(place) + 1 if place else 0, behind
+        text = self._render(messages, self.asks_for_reply)
+        number, end = 0, 0
+        for found in re.finditer(rf"{self._marker}(\d+){self._marker}", text):
+            number, end = int(found[1]) + 1, found.end()
+        return number, text[end:]
 
 
 def common_length(one: str, other: str) -> int:
