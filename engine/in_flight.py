@@ -208,7 +208,9 @@ class TurnsInFlight:
         self._core.confirm(flight.turn)
         if record.number < len(live.turns):
             live.keep_turns(record.number)
-        if live.knows_past:
+        if not record.messages:
+            live.forget_past()  # whoever sends ids may never need a template
+        elif live.knows_past:
             live.not_in_past.append(PastTurn.of(record))
         live.turns[record.turn_id] = record.digest
         live.history_rewritten = record.history_rewritten

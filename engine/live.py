@@ -172,6 +172,10 @@ class LiveConversation:
         """Turns from number `num_turns` on are not in the history any more."""
         for turn_id in list(self.turns)[num_turns:]:
             del self.turns[turn_id]
+        self.forget_past()
+
+    def forget_past(self) -> None:
+        """Until a template is next rendered, it is in the log alone."""
         self.past, self.knows_past = Past(), not self.is_logged
         self.not_in_past.clear()
 

@@ -7,7 +7,6 @@ from engine.core import EngineCore
 from engine.errors import Conflict, NotFound
 from engine.history import tokens_of
 from engine.live import LiveConversation
-from engine.text_service import PastTurn
 from engine.token_log import TokenLog
 from engine.types import ConversationId, ConversationRecord, Tenant, TurnRecord
 
@@ -70,7 +69,7 @@ class Registry:
         tokens = tokens_of(turns)
         core = self._core.new_conversation(record.id, record.tenant, tokens, was_computed=was_computed)
         live = LiveConversation(record, core, {turn.turn_id: turn.digest for turn in turns}, record.seq_mark)
-        live.not_in_past += map(PastTurn.of, turns)
+        live.knows_past = not turns
         live.history_rewritten = bool(turns) and turns[-1].history_rewritten
         live.idle.set()
         return live

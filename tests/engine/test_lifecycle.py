@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.attachment import Attachment
 from engine.errors import (
     DataDirError,
     Draining,
@@ -16,6 +17,7 @@ from engine.types import (
     OpenRequest,
     ResumeRequest,
     TurnAccepted,
+    TurnRequest,
 )
 from tests.engine.harness import LOCAL, VOCAB, fake_engine, ids_turn, read, say, text_turn, until_done
 from tests.fakes import stateless_reply
@@ -136,3 +138,26 @@ def test_a_data_dir_has_one_server(tmp_path: Path) -> None:
             fake_engine(tmp_path)
     finally:
         engine._log.close()
+
+
+async def test_what_only_a_template_needs_is_not_in_memory_until_one_is_rendered(tmp_path: Path) -> None:
+    async def hold(chat: Attachment, turn: TurnRequest) -> bool:
+        before = list(chat._live.core.tokens)
+        ids, _ = await say(chat, turn)
+        _, turns = await engine.get(LOCAL, chat.conversation_id)
+        assert ids == stateless_reply([*before, *turns[-1].prompt_ids], 12, frozenset(), VOCAB)
+        return bool(chat._live.not_in_past or chat._live.past.said)
+
+    engine, _, _ = fake_engine(tmp_path)
+    async with engine:
+        chat = await engine.open(LOCAL, OpenRequest())
+        assert [await hold(chat, ids_turn(str(n), [n, 5])) for n in range(3)] == [False] * 3
+        assert await hold(chat, text_turn("text", "hello"))
+        assert not await hold(chat, ids_turn("ids", [1]))
+        assert await hold(chat, text_turn("again", "hello"))
+    engine, _, _ = fake_engine(tmp_path)
+    async with engine:
+        chat = await engine.resume(LOCAL, ResumeRequest(chat.conversation_id))
+        assert not chat._live.not_in_past
+        assert await hold(chat, text_turn("more", "hello"))
+        assert "hello" in "".join(said.value["content"] for said in chat._live.past.said)
