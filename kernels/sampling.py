@@ -27,7 +27,7 @@ NUM_LISTED = 256  # a top-k beyond this has its own, longer list, so as to lengt
 _BLOCK = 256  # weights summed in one go
 _NUM_CACHED = 2**20  # weights worked on at a time, so that they stay in the cache
 _INCREMENT = -0x61C8864680B583EB  # of splitmix64
-_LARGEST = 1 - 2**-53  # below 1; its product with any number in fp64 is below that number
+_LARGEST = 1 - 2**-53  # its product with any positive number is below that number
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ sampling alternate step by step.  Rows have a KV cache of `context` tokens; pena
 `history` tokens, of which the last 200 are the reply, and each step appends the token that was chosen.  With
 one thread times are CPU time, which other work on the machine disturbs least.
 
-Random weights choose nearly at random, which is the worst case of top-p alone: it keeps, and so must sort,
-most of the vocabulary.
+Random weights choose nearly at random, which is the worst case of top-p and min-p alone: they keep most of
+the vocabulary, and what they leave out must be found in all of it.
 """
 
 import argparse
@@ -107,7 +107,9 @@ def kinds(vocab: int) -> dict[str, SamplingParams]:
         "greedy": SamplingParams(temperature=0.0),
         "temperature": PLAIN,
         "top-k, top-p, min-p": FILTERS,
+        "top-k": replace(PLAIN, top_k=50),
         "top-p": replace(PLAIN, top_p=0.95),
+        "min-p": replace(PLAIN, min_p=0.02),
         "penalties": PENALTIES,
         "16 biases": replace(PLAIN, logit_bias=biases),
         "logprobs 5": replace(PLAIN, logprobs=5),
