@@ -61,6 +61,28 @@ def test_a_drawn_token_is_a_function_of_seed_and_position(sampler: Sampler) -> N
     assert len(set(reply(1))) > 5
 
 
+def test_a_row_gets_the_same_whatever_its_batch_mates_ask_for() -> None:
+    """They share one list of the highest tokens, as long as the most demanding row needs."""
+    sampler = Sampler(3000, EOS)
+    asked = [
+        SamplingParams(temperature=0.9, top_k=5, logprobs=2),
+        SamplingParams(temperature=0.9, logprobs=20),
+        SamplingParams(temperature=0.0, top_k=200, logprobs=0),
+        SamplingParams(temperature=1.5, top_k=200, top_p=0.8),
+        SamplingParams(temperature=1.5, top_k=2000, min_p=0.001, logprobs=3),
+        SamplingParams(temperature=1.5, top_p=0.3, logprobs=1),
+        SamplingParams(),
+    ]
+    rows = [row(params, seed=n) for n, params in enumerate(asked)]
+    logits = torch.randn(len(rows), 3000).round(decimals=1)
+    together, logprobs = sampler.sample(logits.clone(), dict(enumerate(rows)))
+    assert list(logprobs) == [0, 1, 2, 4, 5]
+    for n, alone in enumerate(rows):
+        sampled, of_alone = sampler.sample(logits[n : n + 1].clone(), {n: alone})
+        assert sampled == {n: together[n]}
+        assert of_alone.get(n) == logprobs.get(n)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1e-6])
 def test_nothing_stops_a_reply_before_min_tokens(sampler: Sampler, temperature: float) -> None:
     params = SamplingParams(temperature=temperature, min_tokens=2, stop_token_ids=(8,))
