@@ -7,6 +7,7 @@ on any day.
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -14,7 +15,9 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from engine.errors import InvalidRequest, ModelFolderError
 from engine.text.messages import as_value, tools_as_values
@@ -83,7 +86,7 @@ class ChatTemplate:
 
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
-_SAFE_OF_STRINGS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
+_HARMLESS = frozenset((str, LoopContext, Namespace))  # apart from str.format and private names
 
 
 class _GenerationBlock(Extension):
@@ -100,13 +103,14 @@ class _Environment(ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         """As inherited: a safe attribute, else an item.
 
-        For the two common cases, fields of messages and methods of strings, that takes an AttributeError and
-        many checks each, most of the time of a long render.
+        For what is read all the time, that takes an AttributeError (fields of messages) or many checks
+        (methods of strings, variables of a loop) each, most of the time of a long render.
         """
         if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
-        if type(obj) is str and attribute in _SAFE_OF_STRINGS:
-            return getattr(obj, attribute)
+        if type(obj) in _HARMLESS and not attribute.startswith(("_", "format")):
+            with suppress(AttributeError):
+                return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
 

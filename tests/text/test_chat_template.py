@@ -77,12 +77,24 @@ def test_a_template_that_fails_or_leaves_the_sandbox_is_a_refusal_too(byte_level
         *("m.content", "m.absent", "m.absent is defined", "m['items']", "m.get('role')", "m.items() | list"),
         *("m.items", "m.pop('role')", "m.__class__", "m.content.upper()", "m.content.split('e')[-1]"),
         *("m.content.__class__", "m.content.absent", "m.content._x", "'{0.__class__}'.format(m.content)"),
+        *(
+            "loop.index0",
+            "loop.absent",
+            "loop._length",
+            "loop.cycle(1, 2)",
+            "n.x",
+            "n.absent",
+            "n._y",
+            "n.x.upper()",
+        ),
         *("m.content.format_map", "m.tool.name", "m.tool.name.strip('f')", "m.list.append(1)", "m.n.real"),
     ],
 )
 def test_fields_and_methods_are_read_as_the_inherited_sandbox_reads_them(byte_level_dir, expression):
     value = {"role": "user", "content": "Hello", "items": 1, "tool": {"name": "f"}, "list": [], "n": 2}
-    source = "{% set m = messages[0] %}{{ " + expression + " }}"
+    source = (
+        "{% set n = namespace(x='a', _y='b') %}{% for m in messages %}{{ " + expression + " }}{% endfor %}"
+    )
 
     def outcome(render: Callable[[], str]) -> str:
         try:
