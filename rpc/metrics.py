@@ -75,7 +75,11 @@ def metrics(load: Load) -> list[Metric]:
         _counters("request_failure", "Turns that were accepted in vain.", "reason", load.failed_turns),
         _counters("request_refused", "Turns that were not accepted.", "reason", load.refused_turns),
         _counter("reattached_streams", "Streams that resumed a conversation.", load.reattached_streams),
-        _counter("prompt_tokens", "History and new, of turns with a first token.", load.prompt_tokens),
+        _counter(
+            "prompt_tokens",
+            "History and new, of turns with a first token, and what was appended.",
+            load.prompt_tokens,
+        ),
         _counters("cached_tokens", "Prompt tokens whose KV was in memory.", "tier", cached),
         _counter("recomputed_tokens", "Prompt tokens whose KV had been given up.", load.recomputed_tokens),
         _counter("new_tokens", "Prompt tokens that were never computed before.", load.new_tokens),
