@@ -77,7 +77,7 @@ def metrics(load: Load) -> list[Metric]:
         _counter("reattached_streams", "Streams that resumed a conversation.", load.reattached_streams),
         _counter(
             "prompt_tokens",
-            "History and new, of turns with a first token, and what was appended.",
+            "History and new of replies, and appends.",
             load.prompt_tokens,
         ),
         _counters("cached_tokens", "Prompt tokens whose KV was in memory.", "tier", cached),
