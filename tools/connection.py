@@ -1,7 +1,13 @@
 """What a command needs to talk to a server: the caller's token, whom to trust, words when nobody answers."""
 
+import ssl
 from argparse import Namespace
 from pathlib import Path
+
+_ADVICE = {
+    "Socket closed": "if it speaks TLS, add --tls-ca FILE",
+    "handshake failed": "--tls-ca FILE must hold the authority that signed its certificate",
+}
 
 
 class UsageError(Exception):
@@ -16,15 +22,24 @@ def credentials(chosen: Namespace) -> tuple[str | None, Path | bool]:
 def authorities(chosen: Namespace) -> Path | bool:
     """The `tls` of a client, by the argument tls_ca.  Raises UsageError."""
     path: Path | None = chosen.tls_ca
-    if path is not None and not path.is_file():
+    if path is None:
+        return False
+    if not path.is_file():
         raise UsageError(f"there is no file {path}; --tls-ca takes a certificate authority in PEM format")
-    return path or False
+    try:
+        ssl.create_default_context(cafile=path)  # gRPC would only fail to connect
+    except ssl.SSLError:
+        raise UsageError(f"{path} is no certificate authority in PEM format; --tls-ca takes one") from None
+    return path
 
 
-def nobody_answers(why: object, address: str | None = None) -> str:
-    """Instead of what gRPC says at length about a connection that it could not make, or has lost."""
-    who = f"no server answers at {address}" if address else "the server does not answer"
-    return who if "Connection refused" in str(why) else f"{who} ({why})"
+def nobody_answers(why: object, address: str, start: str = "start one with 'continuo serve'") -> str:
+    """What to make of gRPC's long words about a connection that it could not make, or has lost."""
+    reason = str(why)
+    if "Connection refused" in reason:
+        return f"no server answers at {address}; {start}"
+    advice = next((f"; {advice}" for sign, advice in _ADVICE.items() if sign in reason), "")
+    return f"no server answers at {address} ({reason}){advice}"
 
 
 def _token(path: Path | None) -> str | None:

@@ -68,7 +68,7 @@ async def _answer(asked: Awaitable[T], address: str) -> T:
     except TimeoutError:
         raise NoAnswer(f"the server at {address} has not answered for {ANSWER_S:g} s") from None
     except Unavailable as error:
-        raise NoAnswer(f"{nobody_answers(error, address)}; start one with 'continuo serve'") from None
+        raise NoAnswer(nobody_answers(error, address)) from None
     except Unauthenticated as error:
         raise UsageError(f"{error}; --token-file FILE sends the token in FILE") from None
 

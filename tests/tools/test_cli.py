@@ -359,5 +359,10 @@ def test_health_reaches_a_server_with_tls_and_names_what_it_cannot_read(
     assert plain.returncode == 1 and plain.stderr.startswith(
         f"error: no server answers at {server.address} ("
     )
+    assert plain.stderr.endswith("; if it speaks TLS, add --tls-ca FILE\n")
+    stranger = continuo("health", "--server", server.address, "--tls-ca", ROOT / "tests/rpc/tls/cert.pem")
+    assert stranger.stderr.endswith("--tls-ca FILE must hold the authority that signed its certificate\n")
+    unusable = continuo("health", "--tls-ca", key)
+    assert unusable.returncode == 2 and "is no certificate authority in PEM format" in unusable.stderr
     blind = continuo("health", "--tls-ca", tmp_path / "none.pem")
     assert blind.returncode == 2 and "there is no file" in blind.stderr

@@ -98,7 +98,7 @@ async def _run(
         try:
             await converse(talk)
         except Unavailable as error:
-            raise NoServer(f"{nobody_answers(error, address)}; start it again and go on") from None
+            raise NoServer(nobody_answers(error, address)) from None
         finally:
             if talk.is_kept and not (chosen.model is not None and chosen.data_dir is None):
                 screen.farewell(f"To go on: {_command(chosen, talk.id)}")
@@ -109,10 +109,8 @@ async def _greet(client: ContinuoClient, screen: Screen, address: str) -> None:
     try:
         info = await client.model_info()
     except Unavailable as error:
-        raise NoServer(
-            f"{nobody_answers(error, address)}; start one with 'continuo serve', "
-            "or talk to one of your own with 'continuo chat MODEL'"
-        ) from None
+        start = "start one with 'continuo serve', or talk to one of your own with 'continuo chat MODEL'"
+        raise NoServer(nobody_answers(error, address, start)) from None
     except Unauthenticated as error:
         raise UsageError(f"{error}; --token-file FILE sends the token in FILE") from None
     screen.note(
@@ -157,7 +155,8 @@ def _with_advice(error: Exception) -> str:
     """What happened, and what to do about it in a chat."""
     match error:
         case Unavailable():
-            return f"{nobody_answers(error)}; say it again when it is back"
+            why = "" if "Connection refused" in str(error) else f" ({error})"
+            return f"the server does not answer{why}; say it again when it is back"
         case OutOfRange():
             return f"{error} (/rewind makes room, /new begins anew)"
         case Aborted():
