@@ -2,11 +2,11 @@
 
     python -m tools.bench_text [TEMPLATE ...] [--messages 400] [--repeats 200]
 
-TEMPLATE is a folder with a tokenizer and a chat template, or a .jinja file, which gets the bundled model's
-tokenizer; by default specimens of the tests are measured.  Messages have about 150 characters.  Times are
-medians of `repeats` turns on one thread, as wall and as CPU time: `turn` is all of it, `render` the template
-alone, called once; `append` asks for no reply.  Where `rewritten` is true the template renders the past
-differently, so a turn that keeps it calls the template again to find out what is new.
+Measured are specimens of the tests and each TEMPLATE: a folder with a tokenizer and a chat template, or a
+.jinja file, which gets the bundled model's tokenizer.  Messages have about 150 characters.  Times are medians
+of `repeats` turns on one thread, as wall and as CPU time: `turn` is all of it, `render` the template alone,
+called once; `append` asks for no reply.  Where `rewritten` is true the template renders the past differently,
+so a turn that keeps it calls the template again to find out what is new.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
 
     own = [ROOT / f"tests/text/specimens/{name}.jinja" for name in SPECIMENS]
     measured = {}
-    for path in arguments.templates or own:
+    for path in [*own, *arguments.templates]:
         measured[path.stem] = figures = _figures(_tokenizer(path), arguments.messages // 2, arguments.repeats)
         print(path.stem, json.dumps(figures), flush=True)
     figures = {"messages": arguments.messages, "repeats": arguments.repeats, "templates": measured}
