@@ -29,7 +29,7 @@ from engine.types import (
     TurnRecord,
     UpdateRequest,
 )
-from tests.engine.harness import LOCAL, again, append_turn, expected, fake_engine, ids_turn, say
+from tests.engine.harness import LOCAL, again, append_turn, expected, fake_engine, ids_turn, say, text_turn
 
 NAMES = [ConversationId(name) for name in ("a", "b", "c")]
 NUM_CLIENTS = 4
@@ -59,13 +59,17 @@ class Client:
             self.chat = await self.engine.resume(LOCAL, ResumeRequest(chance.choice(NAMES)))
             return
         turn_id = f"{self.number}-{self.num_turns}"
+        self.num_turns += 1
         match chance.randrange(10):
             case 0:
                 await chat.turn(append_turn(turn_id, self.some_ids()))
-            case 1 | 2 | 3:
+            case 1 | 2:
                 await chat.turn(ids_turn(turn_id, self.some_ids(), max_tokens=chance.randrange(1, 40)))
+            case 3:
+                await chat.turn(text_turn(turn_id, "hello", max_tokens=chance.randrange(1, 40)))
             case 4:
-                await chat.regenerate(again(turn_id, max_tokens=chance.randrange(1, 40)))
+                replaces = chance.choice([None, *chat._live.turns])
+                await chat.regenerate(again(turn_id, replaces, max_tokens=chance.randrange(1, 40)))
             case 5:
                 await chat.rewind(Point(num_tokens=chance.randrange(40)))
             case 6:
@@ -82,7 +86,6 @@ class Client:
                 chat.detach()
                 self.chat = None
                 return
-        self.num_turns += 1
         if chance.random() < 0.7:
             await self.read(chat)
 
@@ -148,10 +151,10 @@ async def test_clients_that_fight_leave_memory_and_log_in_agreement(
                 assert turn.reply_ids or turn.finish_reason in (FinishReason.APPENDED, FinishReason.CANCELLED)
         for name in NAMES:
             chat = await engine.resume(LOCAL, ResumeRequest(name))
+            await chat.rewind(Point(num_turns=chat.committed_turns // 2))
             history = list(chat._live.core.tokens)
-            await chat.rewind(Point(num_tokens=min(20, len(history))))
             reply, _ = await say(chat, ids_turn("last", [1, 2, 3]))
-            assert reply == expected([*history[:20], 1, 2, 3])
+            assert reply == expected([*history, 1, 2, 3])
         for record in records:
             await engine.delete(LOCAL, record.id)
         manager.check()
