@@ -1,5 +1,7 @@
 """What a turn appends in the unusual cases: ids among messages, several rewrites, past replies not shown."""
 
+import asyncio
+import threading
 from os.path import commonprefix
 
 import pytest
@@ -217,6 +219,22 @@ async def test_a_turn_that_cannot_follow_leaves_the_past_as_it_was(tell):
     telling.ids.append(1)
     with pytest.raises(InvariantError, match=f"knows {before.num_tokens} tokens of {len(telling.ids)}"):
         await telling.prompt(user("And?"))
+
+
+async def test_a_caller_that_is_cancelled_leaves_the_past_as_it_was(tell):
+    telling, others_are_done = tell(Story("ordinary")), threading.Event()
+    busy = asyncio.create_task(telling.service._run(others_are_done.wait))
+    turn = PastTurn((user("Hello."),), 0, (1, 2), (3,), True)
+    extending = asyncio.create_task(telling.service.extend_past(telling.past, None, [turn]))
+    await asyncio.sleep(0)
+    extending.cancel()
+    others_are_done.set()
+    await busy
+    with pytest.raises(asyncio.CancelledError):
+        await extending
+    assert telling.past == Past()
+    await telling.service.extend_past(telling.past, None, [turn])
+    assert telling.past.num_tokens == 3
 
 
 async def test_without_a_template_messages_are_refused(byte_level_dir):
