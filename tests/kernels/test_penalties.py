@@ -19,7 +19,7 @@ def lists(tokens: dict[int, list[int]]) -> TokenLists:
     )
 
 
-@pytest.mark.parametrize("penalty", [1.3, 0.4, 100.0])
+@pytest.mark.parametrize("penalty", [1.3, 0.4, 100.0, 1e30])
 def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     transformers = pytest.importorskip("transformers")
     logits = 4 * torch.randn(3, VOCAB)
