@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download, try_to_load_from_cache
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import tqdm
 
 from engine.models.config import ModelConfig
 
@@ -142,14 +144,30 @@ class _Hub:
         return folder
 
     def _download(self, patterns: tuple[str, ...], local_files_only: bool = False) -> Path:
-        folder = snapshot_download(
-            self.id,
-            revision=self.revision,
-            allow_patterns=list(patterns),
-            endpoint=self.endpoint,
-            cache_dir=self.cache_dir,
-            local_files_only=local_files_only,
-        )
+        bars: list[tqdm] = []
+
+        class Bar(tqdm):
+            """Of bytes alone, gone at the end; the library would show three and leave two of them open."""
+
+            def __init__(self, *values: Any, **settings: Any) -> None:
+                if settings.get("name") != "huggingface_hub.snapshot_download":
+                    settings["disable"] = True
+                super().__init__(*values, **settings | {"desc": "downloading", "leave": False})
+                bars.append(self)
+
+        try:
+            folder = snapshot_download(
+                self.id,
+                revision=self.revision,
+                allow_patterns=list(patterns),
+                endpoint=self.endpoint,
+                cache_dir=self.cache_dir,
+                local_files_only=local_files_only,
+                tqdm_class=Bar,
+            )
+        finally:
+            for bar in bars:
+                bar.close()
         return Path(folder)
 
     def _check_content(self, listing: _Listing) -> None:

@@ -1,8 +1,10 @@
 """Hub ids against a hub on localhost, through the real client library."""
 
+import gc
 import json
 import logging
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +80,19 @@ def test_a_download_holds_what_is_read_and_nothing_else(fetch, hub, caplog):
     begun, done = (record.message for record in caplog.records)
     assert f"downloading {MODEL}, " in begun and " MiB in 1 files, to " in begun
     assert done.startswith(f"downloaded {MODEL} in ")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_sees_one_bar_which_is_gone_in_the_end_and_a_pipe_sees_none(
+    fetch, monkeypatch, capsys, is_terminal
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    fetch()
+    gc.collect()  # a bar that was left open would be drawn once more
+    shown = capsys.readouterr().err
+    assert ("downloading: " in shown) == is_terminal and "Fetching" not in shown
+    assert not any(line.strip() for line in shown.split("\r")[-2:])
 
 
 def test_what_is_here_is_not_fetched_again(fetch, hub):
