@@ -120,6 +120,8 @@ def _rows() -> list[tuple[str, str, str]]:
             ),
         ]
     start, qwen = _load("start_demo"), _load("start_qwen2.5-0.5b")
+    operations, text = _load("operations"), _load("text")
+    sampling = _load("sampling")["kinds"]["all"]
     return [
         *rows,
         (
@@ -138,6 +140,23 @@ def _rows() -> list[tuple[str, str, str]]:
             f"{log['one_by_one']['ms_p50']:.1f} ms alone, "
             f"{log['grouped_by_16']['ms_p50']:.1f} ms for 16 at once",
             "bench_log",
+        ),
+        (
+            "fork, rewind of a conversation of 2,000 tokens, answered when on disk",
+            f"{operations['ms_p50']['fork']:.1f} ms, {operations['ms_p50']['rewind']:.1f} ms; no KV copied, "
+            f"at most {max(operations['most_recomputed'].values())} tokens computed again",
+            "bench_operations",
+        ),
+        (
+            "choosing tokens for 64 conversations, penalties, filters and logprobs on (llama-160m)",
+            f"{sampling['sampling_ms']} ms, {sampling['share']:.1%} of a step",
+            "bench_sampling",
+        ),
+        (
+            f"rendering and checking a turn behind {text['messages']} messages, slowest of "
+            f"{len(text['templates'])} templates",
+            f"{max(one['turn']['wall_ms'] for one in text['templates'].values()):.1f} ms",
+            "bench_text",
         ),
         (
             "the demo model, asked for facts told 2 to 12 turns ago (new dialogues)",
