@@ -51,8 +51,8 @@ def page(title: str, now: pb.GetLoadResponse, before: pb.GetLoadResponse) -> lis
         "first token": _quantiles(now.ttft_s, before.ttft_s),
         "between tokens": _quantiles(now.inter_token_s, before.inter_token_s),
         "whole turn": _quantiles(now.total_s, before.total_s),
-        "since start": f"{sum(now.finished_turns.values()):,} turns done, "
-        f"{now.reattached_streams:,} streams resumed, {now.evicted_blocks:,} blocks evicted",
+        "since start": f"turns done: {sum(now.finished_turns.values()):,}, "
+        f"streams resumed: {now.reattached_streams:,}, blocks evicted: {now.evicted_blocks:,}",
         "failed": _reasons(now.failed_turns),
         "refused": _reasons(now.refused_turns),
     }

@@ -68,7 +68,7 @@ def test_a_page_shows_turns_conversations_memory_speed_and_endings() -> None:
         "first token             - median         - 95th percentile",
         "between tokens          - median         - 95th percentile",
         "whole turn              - median         - 95th percentile",
-        "since start     64 turns done, 7 streams resumed, 11 blocks evicted",
+        "since start     turns done: 64, streams resumed: 7, blocks evicted: 11",
         "failed          5 TURN_CANCELLED",
         "refused         9 QUEUE_FULL",
     ]
