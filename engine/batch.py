@@ -7,6 +7,7 @@ prefix are longer ones; nothing else distinguishes them.
 from array import array
 from dataclasses import dataclass, field
 
+from engine.cache.block import BlockMove
 from engine.types import SamplingParams, TokenLogprobs
 
 
@@ -55,10 +56,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One forward pass.  Built by the scheduler, read by the runner, changed by nobody."""
+    """Copies between the tiers, first the stores, then the loads, and then one forward pass, if there are
+    segments.  Built by the scheduler, read by those who carry it out, changed by nobody.
+    """
 
     number: int
     segments: tuple[Segment, ...]  # order = row order in the batch
+    stores: tuple[BlockMove, ...] = ()
+    loads: tuple[BlockMove, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -72,3 +77,4 @@ class StepResult:
     sampled: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # of the rows that asked for them
+    failed_moves: frozenset[BlockMove] = frozenset()

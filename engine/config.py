@@ -21,6 +21,10 @@ class EngineConfig:
     block_size: int = 32  # tokens
     device_kv_tokens: int | None = None
     device_kv_bytes: int | None = None
+    host_kv_tokens: int | None = None  # KV that leaves the device is kept there; None or 0: no host tier
+    host_kv_bytes: int | None = None
+    policy: Literal["retention", "lru", "lru-tail"] = "retention"  # which idle KV leaves first
+    verify_reloads: bool = False  # checksums of what is on the host; a mismatch is computed again
     max_step_tokens: int = 512
     max_concurrent: int = 32  # turns computed at once
     max_queue: int = 256  # turns that may wait
@@ -45,6 +49,10 @@ class EngineConfig:
             )
         if self.device_kv_tokens is not None and self.device_kv_bytes is not None:
             raise ConfigError("give the KV size in tokens or in memory, not both")
+        if self.host_kv_tokens is not None and self.host_kv_bytes is not None:
+            raise ConfigError("give the host KV size in tokens or in memory, not both")
+        if min(self.host_kv_tokens or 0, self.host_kv_bytes or 0) < 0:
+            raise ConfigError("the host KV size is negative; 0 is no host tier")
         for name in ("max_step_tokens", "max_concurrent", "max_queue", "max_conversations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")

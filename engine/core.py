@@ -6,11 +6,13 @@ launched step samples are scheduled before they are known.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from engine.batch import StepPlan, StepResult, needs_history
+from engine.cache.block import BlockMove
 from engine.cache.manager import KVCacheManager
+from engine.cache.transfer import TransferEngine
 from engine.conversation import Conversation, Turn, TurnState, common_length
 from engine.errors import ContextOverflow, InvariantError
 from engine.scheduler import Scheduler, Step
@@ -52,11 +54,14 @@ class EngineCore:
         clock: Clock,
         eos_ids: frozenset[int],
         context_tokens: int,
+        transfer: TransferEngine | None = None,
     ) -> None:
+        """`transfer` is needed if there is a host tier."""
         self.manager = manager
         self.scheduler = scheduler
         self.context_tokens = context_tokens
         self._runner = runner
+        self._transfer = transfer
         self._clock = clock
         self._eos_ids = eos_ids
         self._num_rows = 0  # names that steps know segments by
@@ -216,11 +221,17 @@ class EngineCore:
         return self.scheduler.schedule(self._clock.monotonic())
 
     def execute(self, step: Step) -> StepResult:
-        return self._runner.run(step.plan)
+        plan = step.plan
+        failed: frozenset[BlockMove] = frozenset()
+        if self._transfer is not None and (plan.stores or plan.loads):
+            failed = self._transfer.store(plan.stores) | self._transfer.load(plan.loads)
+        result = self._runner.run(plan) if plan.segments else StepResult()
+        return replace(result, failed_moves=failed) if failed else result
 
     def apply(self, step: Step, result: StepResult) -> list[TokenEvent]:
         """Append what the step sampled.  Tokens of turns that ended meanwhile are dropped."""
-        self.manager.settle(step.blocks, step.writes)
+        lost = self.manager.settle(step.blocks, step.writes, step.copies, result.failed_moves)
+        self.scheduler.count_lost(lost)
         now = self._clock.monotonic()
         events = []
         for turn in step.turns:

@@ -43,6 +43,7 @@ class Load:
     waiting_turns: int  # in the queue, or suspended for lack of memory
     conversations: ConversationCounts
     device: Tier
+    host: Tier  # all zero if there is no host tier
     # Since the start:
     accepted_turns: int
     finished_turns: dict[str, int]  # by name of FinishReason
@@ -51,13 +52,17 @@ class Load:
     reattached_streams: int
     prompt_tokens: int  # as in `Usage`, of all turns that came to their first token or were appended
     cached_device_tokens: int
+    cached_host_tokens: int
     recomputed_tokens: int
     new_tokens: int
     completion_tokens: int
     computed_tokens: int  # positions that went through the model, for whatever reason
     steps: int
     step_s: float  # all of them together
-    evicted_blocks: int
+    evicted_blocks: int  # KV given up on all tiers
+    stored_blocks: int  # copied to the host
+    loaded_blocks: int  # and back
+    failed_copies: int
     queue_s: Histogram
     ttft_s: Histogram
     inter_token_s: Histogram

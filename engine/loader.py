@@ -11,17 +11,20 @@ import torch
 
 from engine.async_engine import AsyncEngine
 from engine.cache.block_pool import BlockPool
-from engine.cache.kv_store import KVStore
+from engine.cache.kv_store import HostStore, KVStore
 from engine.cache.manager import KVCacheManager
-from engine.cache.policy import lru
+from engine.cache.policy import policy_named
+from engine.cache.transfer import SyncTransfer
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.errors import ConfigError, ModelFolderError
+from engine.errors import ModelFolderError
+from engine.kv_sizes import KVSizes
 from engine.memory import available_bytes
 from engine.model_runner import ModelRunner
 from engine.models import load_model
 from engine.models.config import ModelConfig
 from engine.models.dtype import default_dtype
+from engine.profile import measured_costs
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.text.tokenizer import Tokenizer
@@ -30,9 +33,6 @@ from engine.token_log import TokenLog
 from engine.types import Clock, Limits, ModelInfo, SamplingParams
 from kernels import __version__, dispatch
 
-KV_SHARE = 0.3
-"""Of the memory that is left once the model is loaded.  It is taken only as it is used."""
-MAX_DEFAULT_KV_TOKENS = 1 << 20
 MAX_MESSAGE_BYTES = 64 << 20
 GREEDY = SamplingParams(
     temperature=0.0,
@@ -82,15 +82,27 @@ def _build(
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     decoder = load_model(config.model, dtype)
-    num_blocks = _num_blocks(config, model, dtype)
     size = config.block_size
-    context_tokens = min(model.max_positions, (num_blocks - 1) * size)
-    manager = KVCacheManager(BlockPool(num_blocks), size, lru)
-    scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent)
-    store = KVStore(model.num_layers, num_blocks, model.num_kv_heads, size, model.head_dim, dtype)
+    kv = KVSizes.of(config, _bytes_per_token(model, dtype), available_bytes())
+    context_tokens = min(model.max_positions, (kv.num_blocks - 1) * size)
+    store = KVStore(model.num_layers, kv.num_blocks, model.num_kv_heads, size, model.head_dim, dtype)
+    transfer = None
+    if kv.num_host_blocks:
+        transfer = SyncTransfer(store, HostStore(store, kv.num_host_blocks), verify=config.verify_reloads)
     sampler = Sampler(model.vocab_size, model.eos_ids)
     runner = ModelRunner(decoder, store, sampler, size)
-    core = EngineCore(manager, scheduler, runner, clock, model.eos_ids, context_tokens)
+    costs = None
+    if config.policy == "retention" or transfer is not None:
+        costs = measured_costs(runner, transfer, kv, size, context_tokens)
+    manager = KVCacheManager(
+        BlockPool(kv.num_blocks),
+        size,
+        policy_named(config.policy, costs),
+        BlockPool(kv.num_host_blocks),
+        costs,
+    )
+    scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent)
+    core = EngineCore(manager, scheduler, runner, clock, model.eos_ids, context_tokens, transfer)
     info = ModelInfo(
         name=config.name or config.model.resolve().name,
         version=__version__,
@@ -103,13 +115,11 @@ def _build(
         has_chat_template=tokenizer.chat_template is not None,
         limits=Limits(context_tokens, config.max_concurrent, config.max_queue, MAX_MESSAGE_BYTES),
     )
-    bytes_per_token = _bytes_per_token(model, dtype)
     description = (
         f"continuo {__version__} | {info.name} ({model.architecture.removesuffix('ForCausalLM')}, "
         f"{model.num_layers} layers, context {context_tokens:,})",
         f"device cpu, {threads} thread{'s' * (threads > 1)} | {info.dtype}",
-        f"KV {num_blocks * size:,} tokens, {num_blocks * size * bytes_per_token / 2**30:.2f} GiB at most, "
-        f"room for {num_blocks * size // 4096:,} conversations of 4K",
+        kv.describe(size),
         f"data dir {config.data_dir}"
         if config.data_dir
         else "data dir none: conversations end with this process",
@@ -134,27 +144,6 @@ def _thread_setup(threads: int) -> Callable[[], None]:
 
 def _bytes_per_token(model: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
-
-
-def _num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-    per_token, size, free = _bytes_per_token(model, dtype), config.block_size, available_bytes()
-    if config.device_kv_tokens is not None:
-        tokens = config.device_kv_tokens
-    elif config.device_kv_bytes is not None:
-        tokens = config.device_kv_bytes // per_token
-    else:
-        tokens = min(int(free * KV_SHARE) // per_token, MAX_DEFAULT_KV_TOKENS)
-    if tokens < 2 * size:
-        raise ConfigError(
-            f"the KV cache would hold {tokens} tokens; give it at least {2 * size} (two blocks)"
-        )
-    if tokens * per_token > free:
-        raise ConfigError(
-            f"a KV cache of {tokens:,} tokens takes {tokens * per_token / 2**30:.1f} GiB "
-            f"and {free / 2**30:.1f} GiB are free; "
-            f"--device-kv-tokens {int(free * 0.9) // per_token} would fit"
-        )
-    return tokens // size
 
 
 def fingerprint(folder: Path, tokenizer: Tokenizer) -> str:

@@ -11,11 +11,11 @@ them, in slots that are free.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.batch import RowParams, Segment, StepPlan
-from engine.cache.block import Block
-from engine.cache.manager import KVCacheManager, Run, Write
+from engine.cache.block import Block, Copy
+from engine.cache.manager import KVCacheManager, Run, Scheduled, Write
 from engine.conversation import Conversation, Turn, TurnState
 from engine.types import Usage
 
@@ -31,6 +31,7 @@ class Step:
     turns: tuple[Turn, ...]  # of the segments that choose a token, in their order
     blocks: tuple[Block, ...]  # pinned while it runs
     writes: tuple[Write, ...]
+    copies: tuple[Copy, ...] = ()
 
 
 class Scheduler:
@@ -94,12 +95,29 @@ class Scheduler:
             self._add(parts, first, now)
         if not self.num_waiting and all(turn.paused for turn in self.running):
             self._add_idle(parts, now)
-        if not parts.segments:
+        self.manager.store_ahead(now)
+        copies = self.manager.take_copies()
+        if not parts.segments and not copies:
             return None
         blocks = tuple(parts.blocks)
         self.manager.pin(blocks)
-        plan = StepPlan(self._num_steps, tuple(parts.segments))
-        return Step(plan, tuple(parts.turns), blocks, tuple(parts.writes))
+        stores = tuple(copy.move for copy in copies if not copy.is_load)
+        loads = tuple(copy.move for copy in copies if copy.is_load)
+        plan = StepPlan(self._num_steps, tuple(parts.segments), stores, loads)
+        return Step(plan, tuple(parts.turns), blocks, tuple(parts.writes), copies)
+
+    def count_lost(self, copies: Sequence[Copy]) -> None:
+        """The KV of these copies' blocks was lost on its way: the turns that counted on it compute it."""
+        for copy in copies:
+            for turn in (*self.running, *self.waiting):
+                if turn.usage is None or copy.block not in turn.conversation.table.blocks:
+                    continue
+                num_lost = min(copy.num_tokens, turn.usage.cached_host_tokens)
+                turn.usage = replace(
+                    turn.usage,
+                    cached_host_tokens=turn.usage.cached_host_tokens - num_lost,
+                    recomputed_tokens=turn.usage.recomputed_tokens + num_lost,
+                )
 
     # -- private
 
@@ -122,15 +140,18 @@ class Scheduler:
 
     def _usage(self, turn: Turn) -> Usage:
         """The last token is computed in any case: its logits choose the reply's first."""
-        conversation, num_cached = turn.conversation, self.manager.num_cached
+        conversation, table = turn.conversation, turn.conversation.table
+        num_cached, num_reloadable = self.manager.num_cached, self.manager.num_reloadable
         prompt, history = len(conversation.tokens), conversation.num_computed
-        cached = num_cached(conversation.table, prompt - 1)
-        recomputed = history - num_cached(conversation.table, min(history, prompt - 1))
+        device, host = num_cached(table, prompt - 1), num_reloadable(table, prompt - 1)
+        past = min(history, prompt - 1)
+        recomputed = history - num_cached(table, past) - num_reloadable(table, past)
         return Usage(
             prompt_tokens=prompt,
-            cached_device_tokens=cached,
+            cached_device_tokens=device,
+            cached_host_tokens=host,
             recomputed_tokens=recomputed,
-            new_tokens=prompt - cached - recomputed,
+            new_tokens=prompt - device - host - recomputed,
         )
 
     def _suspend(self, turn: Turn, now: float) -> None:
@@ -154,12 +175,12 @@ class Scheduler:
         runs: list[Run] = []
         while True:
             budget = self.max_step_tokens - parts.num_tokens
-            more, writes, out_of_slots = self.manager.schedule(conversation.table, end, budget, now)
-            runs += more
-            parts.num_tokens += sum(run.length for run in more)
-            parts.writes += writes
-            parts.blocks.update(dict.fromkeys(write.block for write in writes))
-            if not out_of_slots:
+            more = self.manager.schedule(conversation.table, end, budget, now)
+            runs += more.runs
+            parts.num_tokens += sum(run.length for run in more.runs)
+            parts.writes += more.writes
+            parts.blocks.update(dict.fromkeys(write.block for write in more.writes))
+            if not more.out_of_slots:
                 break
             victim = self._newest_idle_in(parts, turn)
             if victim is not None:
@@ -171,7 +192,7 @@ class Scheduler:
                 self._short = turn
                 break
         if not runs:
-            if out_of_slots or turn.num_pending:
+            if more.out_of_slots or more.waits or turn.num_pending:
                 return
             # Blocks of other conversations hold all of it, and yet nobody has this turn's next token: the
             # last position is computed once more, which writes what is there already.
@@ -200,14 +221,15 @@ class Scheduler:
         """
         for conversation, row in list(self._idle.items()):
             table, end = conversation.table, len(conversation.tokens)
-            runs: list[Run] = []
+            more = Scheduled([], [])
             self.manager.activate(table)
             if self.manager.num_missing(table, end) <= self.manager.pool.num_free:
-                runs, writes, _ = self.manager.schedule(table, end, self.max_step_tokens, now)
-                parts.writes += writes
+                more = self.manager.schedule(table, end, self.max_step_tokens, now)
+                parts.writes += more.writes
             self._deactivate(conversation, now)
-            if runs:
-                self._add_segments(parts, conversation, row, runs, end, None)
+            if more.runs:
+                self._add_segments(parts, conversation, row, more.runs, end, None)
+            if more.runs or more.waits:
                 return
             del self._idle[conversation]
 

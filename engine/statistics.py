@@ -47,7 +47,8 @@ class Statistics:
         self._failed: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._reattached = 0
-        self._prompt_tokens = self._cached_device_tokens = self._recomputed_tokens = self._new_tokens = 0
+        self._prompt_tokens = self._recomputed_tokens = self._new_tokens = 0
+        self._cached_device_tokens = self._cached_host_tokens = 0
         self._completion_tokens = self._computed_tokens = self._steps = 0
         self._step_s = 0.0
         self._queue, self._ttft, self._total = Observations(), Observations(), Observations()
@@ -108,6 +109,7 @@ class Statistics:
     def _add_prompt(self, usage: Usage) -> None:
         self._prompt_tokens += usage.prompt_tokens
         self._cached_device_tokens += usage.cached_device_tokens
+        self._cached_host_tokens += usage.cached_host_tokens
         self._recomputed_tokens += usage.recomputed_tokens
         self._new_tokens += usage.new_tokens
 
@@ -115,7 +117,6 @@ class Statistics:
 
     def load(self, now: float, scheduler: Scheduler, conversations: Iterable[LiveConversation]) -> Load:
         cache, size = scheduler.manager.statistics(), scheduler.manager.block_size
-        in_use = cache.num_slots - cache.num_evictable - cache.num_free
         states = Counter(map(_state, conversations))
         return Load(
             uptime_s=now - self._begin_s,
@@ -124,9 +125,8 @@ class Statistics:
             conversations=ConversationCounts(
                 states["running"], states["waiting"], states["attached"], states["idle"]
             ),
-            device=Tier(
-                cache.num_slots * size, in_use * size, cache.num_evictable * size, cache.num_free * size
-            ),
+            device=_tier(cache.num_slots, cache.num_evictable, cache.num_free, size),
+            host=_tier(cache.num_host_slots, cache.num_host_evictable, cache.num_host_free, size),
             accepted_turns=self._accepted,
             finished_turns=dict(self._finished),
             failed_turns=dict(self._failed),
@@ -134,6 +134,7 @@ class Statistics:
             reattached_streams=self._reattached,
             prompt_tokens=self._prompt_tokens,
             cached_device_tokens=self._cached_device_tokens,
+            cached_host_tokens=self._cached_host_tokens,
             recomputed_tokens=self._recomputed_tokens,
             new_tokens=self._new_tokens,
             completion_tokens=self._completion_tokens,
@@ -141,11 +142,19 @@ class Statistics:
             steps=self._steps,
             step_s=self._step_s,
             evicted_blocks=cache.num_evicted,
+            stored_blocks=cache.num_stored,
+            loaded_blocks=cache.num_loaded,
+            failed_copies=cache.num_failed_copies,
             queue_s=self._queue.histogram(),
             ttft_s=self._ttft.histogram(),
             inter_token_s=self._inter_token.histogram(),
             total_s=self._total.histogram(),
         )
+
+
+def _tier(num_slots: int, num_idle: int, num_free: int, block_size: int) -> Tier:
+    in_use = num_slots - num_idle - num_free
+    return Tier(*(count * block_size for count in (num_slots, in_use, num_idle, num_free)))
 
 
 def _state(live: LiveConversation) -> str:

@@ -121,7 +121,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Where the tokens of one turn's prompt came from.  `prompt` = `cached_device` + `recomputed` + `new`.
+    """Where the tokens of one turn's prompt came from.  `prompt` = `cached_device` + `cached_host`
+    + `recomputed` + `new`.
 
     Of an appended turn only what it added counts, as new: nothing has attended to the history yet.
     """
@@ -129,6 +130,7 @@ class Usage:
     prompt_tokens: int = 0  # everything the reply attended to when it began: history + new
     completion_tokens: int = 0
     cached_device_tokens: int = 0  # found in the device tier
+    cached_host_tokens: int = 0  # copied back from the host tier
     recomputed_tokens: int = 0  # history that had to be computed again
     new_tokens: int = 0  # never computed before
 

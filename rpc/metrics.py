@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.errors import ConfigError
-from engine.load import Histogram, Load
+from engine.load import Histogram, Load, Tier
 from rpc.listen import Address
 
 SNAPSHOT_S = 5.0  # a scrape waits so long for the event loop
@@ -58,17 +58,18 @@ class LoadCollector(Collector):
 
 
 def metrics(load: Load) -> list[Metric]:
-    device = load.device
-    residency = {"in_use": device.in_use_tokens, "idle": device.idle_tokens, "free": device.free_tokens}
+    device, host = load.device, load.host
     endings = {reason.lower(): count for reason, count in load.finished_turns.items()}
-    cached = {"device": load.cached_device_tokens}
+    cached = {"device": load.cached_device_tokens, "host": load.cached_host_tokens}
+    copied = {"host": load.stored_blocks, "device": load.loaded_blocks}
     usage = device.in_use_tokens / device.total_tokens
     return [
         _gauge("uptime_seconds", "Since the engine was loaded.", load.uptime_s),
         _gauge("num_requests_running", "Turns that are computed now.", load.running_turns),
         _gauge("num_requests_waiting", "Turns that wait, or are suspended.", load.waiting_turns),
         _gauge("kv_cache_usage_perc", "Used by running turns; 1 = all of it.", usage),
-        _gauges("kv_cache_device_tokens", "KV memory, by what it holds.", "state", residency),
+        _gauges("kv_cache_device_tokens", "KV memory, by what it holds.", "state", _residency(device)),
+        _gauges("kv_cache_host_tokens", "The same of host memory.", "state", _residency(host)),
         _gauges("conversations", "Those in memory, by what they do.", "state", asdict(load.conversations)),
         _counter("accepted_requests", "Turns that were accepted.", load.accepted_turns),
         _counters("request_success", "Turns that were committed.", "finished_reason", endings),
@@ -88,11 +89,17 @@ def metrics(load: Load) -> list[Metric]:
         _counter("steps", "Forward passes.", load.steps),
         _counter("step_seconds", "Time in forward passes.", load.step_s),
         _counter("evicted_blocks", "KV blocks given up to make room.", load.evicted_blocks),
+        _counters("copied_blocks", "KV blocks copied between the tiers.", "to", copied),
+        _counter("failed_copies", "KV blocks whose copy failed.", load.failed_copies),
         _histogram("request_queue_time_seconds", "Acceptance to first step.", load.queue_s),
         _histogram("time_to_first_token_seconds", "Acceptance to first token.", load.ttft_s),
         _histogram("inter_token_latency_seconds", "Between two tokens of a reply.", load.inter_token_s),
         _histogram("e2e_request_latency_seconds", "Acceptance to last token.", load.total_s),
     ]
+
+
+def _residency(tier: Tier) -> dict[str, float]:
+    return {"in_use": tier.in_use_tokens, "idle": tier.idle_tokens, "free": tier.free_tokens}
 
 
 def _gauge(name: str, what: str, value: float) -> Metric:

@@ -2,13 +2,14 @@
 depend on every KV entry it reads, so that a wrong cache changes the text."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from engine.batch import StepPlan, StepResult
+from engine.cache.block import BlockMove
 from engine.text.tokenizer import Tokenizer
 
 VOCAB = 97
@@ -86,6 +87,34 @@ class FakeRunner:
         )
         assert value != POISON, f"position {position} was attended before anything was written there"
         return value
+
+
+class FakeTransfer:
+    """Copies between a fake runner's memory and a host tier.  What a failed copy leaves behind is poison."""
+
+    def __init__(self, runner: FakeRunner, num_host_slots: int) -> None:
+        self.kv = np.full((num_host_slots, runner.block_size), POISON, dtype=np.int64)
+        self._device = runner.kv
+        self.num_to_fail = 0  # of the next copies
+
+    def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+        for move in moves:
+            self.kv[move.host_slot] = self._device[move.device_slot]
+        return self._fail(moves, lambda move: self.kv[move.host_slot])
+
+    def load(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+        for move in moves:
+            self._device[move.device_slot] = self.kv[move.host_slot]
+        return self._fail(moves, lambda move: self._device[move.device_slot])
+
+    def _fail(
+        self, moves: Sequence[BlockMove], written: Callable[[BlockMove], np.ndarray]
+    ) -> frozenset[BlockMove]:
+        failed = moves[: self.num_to_fail]
+        self.num_to_fail -= len(failed)
+        for move in failed:
+            written(move)[:] = POISON
+        return frozenset(failed)
 
 
 CHAT_TEMPLATE = (

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from kernels import __version__
 from tools.arguments import (
     BUNDLED_MODEL,
+    count,
     memory,
     model,
     model_folder,
@@ -90,6 +91,29 @@ def _declare_serve(add_command: Callable[..., Parser]) -> None:
     )
     _declare_model(parser)
     _declare_engine(parser)
+
+    group = parser.add_argument_group("idle KV")
+    add = group.add_mutually_exclusive_group().add_argument
+    add(
+        "--host-kv-tokens",
+        type=count,
+        metavar="N",
+        help="memory for KV that leaves the device tier; it is copied back when needed (0 = none)",
+    )
+    add("--host-kv-memory", type=memory, metavar="16GiB", help="the same in bytes")
+    add = group.add_argument
+    add(
+        "--policy",
+        choices=("retention", "lru", "lru-tail"),
+        default="retention",
+        help="which idle KV leaves first: what costs least to compute again per second idle, or what was "
+        "used longest ago, from its beginning or from its end (retention)",
+    )
+    add(
+        "--verify-reloads",
+        action="store_true",
+        help="keep checksums of KV on the host, and compute again what does not match",
+    )
 
     add = parser.add_argument_group("load").add_argument
     add(

@@ -35,7 +35,7 @@ class Exchange:
     def computed_tokens(self) -> int:
         """Token positions that the model was run for."""
         usage = self.turn.usage
-        return usage.prompt_tokens - usage.cached_device_tokens + usage.completion_tokens
+        return usage.recomputed_tokens + usage.new_tokens + usage.completion_tokens
 
     @property
     def tells(self) -> bool:

@@ -32,7 +32,7 @@ class Score:
             "conversations": len(self.kept.everybody),
             "prompt_tokens": sum(u.prompt_tokens for u in usage),
             "cached_device_tokens": sum(u.cached_device_tokens for u in usage),
-            "cached_host_tokens": 0,  # there is no host tier yet
+            "cached_host_tokens": sum(u.cached_host_tokens for u in usage),
             "recomputed_tokens": sum(u.recomputed_tokens for u in usage),
             "computed_tokens": _computed(turns),
             "stateless_computed_tokens": _computed(self.resent.exchanges),

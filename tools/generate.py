@@ -24,6 +24,7 @@ def run(chosen: Namespace) -> int:
         block_size=chosen.block_size,
         device_kv_tokens=chosen.device_kv_tokens,
         device_kv_bytes=chosen.device_kv_memory,
+        policy="lru",  # nothing is evicted: costs need not be measured
         threads=chosen.threads,
     )
     request = GenerateRequest(

@@ -33,7 +33,7 @@ def line(now: pb.GetLoadResponse, before: pb.GetLoadResponse) -> str:
 
 def page(title: str, now: pb.GetLoadResponse, before: pb.GetLoadResponse) -> list[str]:
     """For a terminal, a fixed number of rows."""
-    states, device = now.conversations, now.device
+    states, device, host = now.conversations, now.device, now.host
     seconds = now.uptime_s - before.uptime_s
     steps = now.steps - before.steps
     rows = {
@@ -47,6 +47,7 @@ def page(title: str, now: pb.GetLoadResponse, before: pb.GetLoadResponse) -> lis
         + (f", {1000 * (now.step_s - before.step_s) / steps:.1f} ms each" if steps else ""),
         "device KV": f"{_bar(device)} of {device.total_tokens:,} tokens",
         "": _residency(device),
+        **({"host KV": f"{_bar(host)} of {host.total_tokens:,} tokens"} if host.total_tokens else {}),
         "queue": _quantiles(now.queue_s, before.queue_s),
         "first token": _quantiles(now.ttft_s, before.ttft_s),
         "between tokens": _quantiles(now.inter_token_s, before.inter_token_s),
@@ -75,7 +76,9 @@ def _sources(now: pb.GetLoadResponse, before: pb.GetLoadResponse) -> str:
     prompt = now.prompt_tokens - before.prompt_tokens
     if not prompt:
         return ""
-    names = {"cached_device_tokens": "reused", "recomputed_tokens": "recomputed", "new_tokens": "new"}
+    names = {"cached_device_tokens": "reused"}
+    names |= {"cached_host_tokens": "from host"} if now.host.total_tokens else {}
+    names |= {"recomputed_tokens": "recomputed", "new_tokens": "new"}
     grown = {what: getattr(now, name) - getattr(before, name) for name, what in names.items()}
     return ": " + ", ".join(f"{count / prompt:.0%} {what}" for what, count in grown.items())
 

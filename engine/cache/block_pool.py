@@ -1,4 +1,4 @@
-"""The device blocks of one tier, as integers: who has which slot is the manager's business, what is free is
+"""The blocks of one tier, as integers: who has which slot is the manager's business, what is free is
 known here.
 """
 

@@ -1,4 +1,4 @@
-"""The KV memory of the device tier: one slab, no bookkeeping."""
+"""The KV memory of the tiers: one slab each, no bookkeeping."""
 
 import sys
 
@@ -22,8 +22,18 @@ class KVStore:
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
-        shape = (num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim)
-        self.slab: Tensor = (
-            zeros(shape, dtype) if sys.platform == "linux" else torch.empty(shape, dtype=dtype)
-        )
+        self.slab = _slab((num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim), dtype)
         self.layers: tuple[Tensor, ...] = tuple(self.slab.unbind(0))  # each [B, 2, G, P, D]
+
+
+class HostStore:
+    """`slab` is [B, L, 2, G, P, D]: a block is one run of memory."""
+
+    def __init__(self, device: KVStore, num_blocks: int) -> None:
+        """Blocks like those of `device`."""
+        num_layers, _, *rest = device.slab.shape
+        self.slab = _slab((num_blocks, num_layers, *rest), device.slab.dtype)
+
+
+def _slab(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return zeros(shape, dtype) if sys.platform == "linux" else torch.empty(shape, dtype=dtype)

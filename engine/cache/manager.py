@@ -1,25 +1,27 @@
-"""The one writer of residency: gives blocks to tables, slots to blocks, and takes them away again.
+"""Gives blocks to tables, has their KV brought to the device or computed, and lets it go again.
 
 Life of a table's blocks:
 
     extend      tokens become known; full blocks are looked up by hash, so equal prefixes share blocks
     activate    a turn begins to run: its blocks can no longer be evicted
-    schedule    the missing positions, ascending, get slots and become runs of a step
-    pin / settle   a step was launched / has ended: what it wrote is valid, unless the block was given up
-    meanwhile deactivate  the turn ended: everything it holds can be evicted again
+    schedule    what is on the host begins to be copied to the device; the missing positions before it,
+                ascending, get slots and become runs of a step
+    pin / settle   a step was launched / has ended: what it wrote or copied is valid, unless given up since
+    deactivate  the turn ended: everything it holds can be evicted again
 
 An idle conversation therefore never holds an unevictable block, and a block without KV is never an error:
 it is computed again when a turn needs it.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
-from engine.cache.block import NO_SLOT, Block, BlockTable, chain_hashes
+from engine.cache.block import NO_SLOT, Block, BlockMove, BlockTable, Copy, chain_hashes
 from engine.cache.block_pool import BlockPool
-from engine.cache.policy import Rank
+from engine.cache.costs import CostTable
+from engine.cache.policy import Policy
+from engine.cache.tiers import CacheStatistics, Tiers
 from engine.errors import InvariantError
 
 
@@ -41,23 +43,37 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheStatistics:
-    num_slots: int
-    num_free: int
-    num_evictable: int
-    num_evicted: int  # since start
+class Scheduled:
+    """The next part of a table's missing KV."""
+
+    runs: list[Run]  # ascending
+    writes: list[Write]
+    out_of_slots: bool = False
+    waits: bool = False  # what comes behind the runs needs a copy that has not ended
 
 
 class KVCacheManager:
-    def __init__(self, pool: BlockPool, block_size: int, rank: Rank) -> None:
-        self.pool = pool
+    """`host` is the pool of the host tier, of no slots if there is none.  Without `costs`, loading counts as
+    cheaper than computing.
+    """
+
+    def __init__(
+        self,
+        device: BlockPool,
+        block_size: int,
+        policy: Policy,
+        host: BlockPool | None = None,
+        costs: CostTable | None = None,
+    ) -> None:
         self.block_size = block_size
-        self._rank = rank
         self._tables: dict[BlockTable, None] = {}
         self._index: dict[bytes, Block] = {}
-        self._leaving: set[Block] = set()  # named by no table, but a launched step still touches them
-        self._num_evictable = 0
-        self._num_evicted = 0
+        self.tiers = Tiers(self._tables, device, host or BlockPool(0), block_size, policy, costs)
+
+    @property
+    def pool(self) -> BlockPool:
+        """The device tier's."""
+        return self.tiers.device
 
     # -- tables and tokens
 
@@ -95,9 +111,12 @@ class KVCacheManager:
             kept = num_tokens - (len(table.blocks) - 1) * size
             block = table.blocks[-1]
             if kept > 0 and block.hash is None:
-                if block.num_scheduled > kept:
+                if block.reach > kept:
+                    self.tiers.count(block, -1)
                     block.generation += 1
                     block.num_valid = block.num_scheduled = min(block.num_valid, kept)
+                    block.host_valid = min(block.host_valid, kept)
+                    self.tiers.count(block, +1)
                 break
             self._drop_last(table)
             if kept > 0:
@@ -105,7 +124,7 @@ class KVCacheManager:
                 break
         table.num_tokens = num_tokens
         table.cursor = min(table.cursor, num_tokens // size)
-        table.num_dropped = min(table.num_dropped, len(table.blocks))
+        table.passed = [0, 0, 0]
 
     def release(self, table: BlockTable) -> None:
         """The conversation leaves memory: its blocks go, except those that others share."""
@@ -116,8 +135,8 @@ class KVCacheManager:
     def drop(self, table: BlockTable) -> None:
         """Give up all KV of an idle table that nothing else needs now."""
         for block in table.blocks:
-            if block.evictable:
-                self._free_slot(block)
+            if not block.num_active and not block.num_pins:
+                self.tiers.free(block)
 
     # -- turns
 
@@ -125,10 +144,10 @@ class KVCacheManager:
         if table.is_active:
             raise InvariantError("the table is active already")
         table.is_active = True
-        table.cursor = table.num_dropped = 0
+        table.cursor, table.passed = 0, [0, 0, 0]
         for i, block in enumerate(table.blocks):
             twin = self._index.get(block.hash) if block.hash is not None else None
-            if twin is not None and twin.num_scheduled > block.num_scheduled:
+            if twin is not None and (twin.reach, twin.num_scheduled) > (block.reach, block.num_scheduled):
                 table.blocks[i] = twin
                 twin.num_refs += 1
                 self._set_active(twin, +1)
@@ -142,6 +161,7 @@ class KVCacheManager:
         for block in table.blocks:
             block.last_used = now
             self._set_active(block, -1)
+        self.tiers.became_idle()
 
     def num_missing(self, table: BlockTable, num_tokens: int) -> int:
         """Slots that `table` lacks to hold `num_tokens`."""
@@ -158,26 +178,34 @@ class KVCacheManager:
         num_whole = sum([block.num_scheduled for block in blocks[:num_full]])
         return num_whole + sum([min(block.num_scheduled, rest) for block in blocks[num_full:]])
 
+    def num_reloadable(self, table: BlockTable, num_tokens: int) -> int:
+        """How many of the first `num_tokens` tokens need not be computed because they are on the host."""
+        size = self.block_size
+        return sum(
+            min(block.num_reloadable, num_tokens - i * size)
+            for i, block in enumerate(table.blocks[: -(-num_tokens // size)])
+            if self.tiers.can_reload(block, (i + 1) * size)
+        )
+
     @property
     def num_available(self) -> int:
         """Slots that are free or can be made free."""
-        return self.pool.num_free + self._num_evictable
+        return self.tiers.num_available
 
     # -- steps
 
-    def schedule(
-        self, table: BlockTable, num_tokens: int, budget: int, now: float
-    ) -> tuple[list[Run], list[Write], bool]:
+    def schedule(self, table: BlockTable, num_tokens: int, budget: int, now: float) -> Scheduled:
         """Give slots to the first missing positions below `num_tokens`, at most `budget` of them.
 
-        Returns the runs, what they will write, and whether slots ran out.  `num_tokens` may exceed
-        `table.num_tokens` by tokens that a launched step is about to sample.  Runs are ascending and
-        everything before each is resident or scheduled no later, which is what makes recomputed prefixes
+        `num_tokens` may exceed `table.num_tokens` by tokens that a launched step is about to sample.
+        Everything before each run is resident or scheduled no later, which is what makes recomputed prefixes
         exact.
         """
         size = self.block_size
         runs: list[Run] = []
         writes: list[Write] = []
+        if not self._fetch(table, num_tokens, now):
+            return Scheduled(runs, writes, out_of_slots=True)
         while budget > 0:
             start = table.cursor * size
             want = min(size, num_tokens - start)
@@ -186,9 +214,11 @@ class KVCacheManager:
             if table.cursor == len(table.blocks):
                 self._append(table, Block())
             block = table.blocks[table.cursor]
+            if block.copy is not None and not block.num_scheduled:
+                return Scheduled(runs, writes, waits=True)
             if block.num_scheduled < want:
-                if block.slot == NO_SLOT and not self._give_slot(block, now):
-                    return runs, writes, True
+                if block.slot == NO_SLOT and not self.tiers.give_slot(block, now):
+                    return Scheduled(runs, writes, out_of_slots=True)
                 first, take = start + block.num_scheduled, min(budget, want - block.num_scheduled)
                 block.num_scheduled += take
                 budget -= take
@@ -200,36 +230,43 @@ class KVCacheManager:
             if block.num_scheduled < size:
                 break
             table.cursor += 1
-        return runs, writes, False
+        return Scheduled(runs, writes)
 
     def slots(self, table: BlockTable, num_tokens: int) -> list[int]:
         """The device block of each block of the first `num_tokens` tokens."""
         return [block.slot for block in table.blocks[: -(-num_tokens // self.block_size)]]
 
-    def pin(self, blocks: Sequence[Block]) -> None:
-        for block in blocks:
-            if block.evictable:
-                self._num_evictable -= 1
-            block.num_pins += 1
+    def store_ahead(self, now: float) -> None:
+        """Begin to copy idle blocks to the host if slots are about to run out."""
+        self.tiers.store_ahead(now)
 
-    def settle(self, blocks: Sequence[Block], writes: Sequence[Write]) -> None:
-        """A step has ended well: what it wrote is valid."""
+    def take_copies(self) -> tuple[Copy, ...]:
+        """The copies that the step which is planned now must make before it computes: stores, then loads."""
+        return self.tiers.take_begun()
+
+    def pin(self, blocks: Sequence[Block]) -> None:
+        self.tiers.pin(blocks)
+
+    def settle(
+        self,
+        blocks: Sequence[Block],
+        writes: Sequence[Write],
+        copies: Sequence[Copy] = (),
+        failed: Collection[BlockMove] = (),
+    ) -> list[Copy]:
+        """A step has ended well: what it wrote and copied is valid, but for the moves that `failed`.  Returns
+        the copies with which KV was lost.
+        """
         for write in writes:
             if write.block.generation == write.generation:
                 write.block.num_valid = max(write.block.num_valid, write.num_valid)
-        for block in blocks:
-            block.num_pins -= 1
-            self._num_evictable += block.evictable
-            if not block.num_pins and block in self._leaving:
-                self._leaving.remove(block)
-                self._free_slot(block)
+        self.tiers.unpin(blocks)
+        return self.tiers.settle(copies, failed)
 
     # -- looking in
 
     def statistics(self) -> CacheStatistics:
-        return CacheStatistics(
-            self.pool.num_slots, self.pool.num_free, self._num_evictable, self._num_evicted
-        )
+        return self.tiers.statistics()
 
     def check(self) -> None:
         """Every slot is free or owned by exactly one block, and every count is what the tables say.  Raises
@@ -248,18 +285,10 @@ class KVCacheManager:
                 raise InvariantError(f"{block!r} is named by {count} tables, {active[block]} of them active")
             if not 0 <= block.num_valid <= block.num_scheduled <= self.block_size:
                 raise InvariantError(f"{block!r} has impossible lengths")
-            if block.slot == NO_SLOT and block.num_scheduled:
-                raise InvariantError(f"{block!r} claims KV without a slot")
         for block_hash, block in self._index.items():
             if block.hash != block_hash or block not in refs:
                 raise InvariantError(f"the index knows {block!r}, which no table names")
-        owned = [block.slot for block in (*refs, *self._leaving) if block.slot != NO_SLOT]
-        if len(set(owned)) != len(owned) or len(owned) + self.pool.num_free != self.pool.num_slots:
-            raise InvariantError(
-                f"{len(owned)} slots owned, {self.pool.num_free} free, {self.pool.num_slots} in all"
-            )
-        if self._num_evictable != sum(block.evictable for block in refs):
-            raise InvariantError(f"evictable blocks counted as {self._num_evictable}")
+        self.tiers.check(refs)
 
     # -- private
 
@@ -282,10 +311,7 @@ class KVCacheManager:
             return
         if block.hash is not None and self._index.get(block.hash) is block:
             del self._index[block.hash]
-        if block.num_pins:
-            self._leaving.add(block)
-        else:
-            self._free_slot(block)
+        self.tiers.free(block)
 
     def _name(self, table: BlockTable, i: int, block_hash: bytes) -> None:
         """The block at `i` has become full of known tokens: share it, or take the one that another table
@@ -309,51 +335,16 @@ class KVCacheManager:
             self._index[block_hash] = mine
 
     def _set_active(self, block: Block, by: int) -> None:
-        was = block.evictable
+        self.tiers.count(block, -1)
         block.num_active += by
-        self._num_evictable += block.evictable - was
+        self.tiers.count(block, +1)
 
-    def _give_slot(self, block: Block, now: float) -> bool:
-        slot = self.pool.take()
-        if slot is None and self._evict_some(now):
-            slot = self.pool.take()
-        if slot is None:
-            return False
-        block.slot = slot
-        self._num_evictable += block.evictable
+    def _fetch(self, table: BlockTable, num_tokens: int, now: float) -> bool:
+        """Begin to load what is on the host of the first `num_tokens` tokens; False if slots ran out."""
+        size = self.block_size
+        for i in range(table.cursor, min(len(table.blocks), -(-num_tokens // size))):
+            block = table.blocks[i]
+            if block.host_valid and block.copy is None and self.tiers.can_reload(block, (i + 1) * size):
+                if not self.tiers.begin_load(block, now):
+                    return False
         return True
-
-    def _free_slot(self, block: Block) -> None:
-        if block.slot == NO_SLOT:
-            return
-        self._num_evictable -= block.evictable
-        self.pool.give_back(block.slot)
-        block.slot = NO_SLOT
-        block.num_valid = block.num_scheduled = 0
-        block.generation += 1
-
-    def _evict_some(self, now: float) -> int:
-        """Drop the lowest-ranked evictable blocks: a small share of the pool at once, so that ranking costs
-        little per block.
-        """
-        wanted = min(self._num_evictable, max(1, self.pool.num_slots // 64))
-        if not wanted:
-            return 0
-        num_freed = 0
-        # A block that somebody more recent shares, or that came back through somebody else, goes only when
-        # nothing else can; until then tables are looked at no further than what they have left.
-        for everywhere in (False, True):
-            idle = [
-                t for t in self._tables if not t.is_active and (everywhere or t.num_dropped < len(t.blocks))
-            ]
-            for table in sorted(idle, key=lambda table: self._rank(table, now)):
-                for block in islice(table.blocks, 0 if everywhere else table.num_dropped, None):
-                    if block.evictable and (everywhere or block.last_used <= table.last_active):
-                        self._free_slot(block)
-                        self._num_evicted += 1
-                        num_freed += 1
-                    if not everywhere and block.slot == NO_SLOT and block is table.blocks[table.num_dropped]:
-                        table.num_dropped += 1
-                    if num_freed == wanted:
-                        return num_freed
-        raise InvariantError(f"{wanted} evictable blocks were counted, {num_freed} found")

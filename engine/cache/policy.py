@@ -1,18 +1,39 @@
 """Which idle conversation loses blocks first: one ranking function, lowest out first.
 
 The manager decides what *may* go (nothing a running turn or a launched step needs); a policy only orders.
+The same order empties the device tier into the host tier, and the host tier into nothing.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from engine.cache.block import BlockTable
-
-Rank = Callable[[BlockTable, float], float]
-"""(table of an idle conversation, now in seconds) -> keep value."""
+from engine.cache.costs import CostTable
 
 
-def lru(table: BlockTable, now: float) -> float:
-    """Longest idle first.  Within a conversation the leading blocks go first: they are the cheapest to
-    compute again.
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """`value(end, idle_s)` is the worth of keeping the block that ends at token `end` of a conversation that
+    has been idle so long.  Within a conversation blocks go in order, from the first or from the last on.
     """
-    return table.last_active - now
+
+    value: Callable[[int, float], float]
+    from_tail: bool = False
+
+
+lru = Policy(lambda end, idle_s: -idle_s)
+"""Longest idle first, leading blocks first: those are the cheapest to compute again."""
+
+lru_tail = Policy(lambda end, idle_s: -idle_s, from_tail=True)
+"""Longest idle first, last blocks first, as caches of prefixes do."""
+
+
+def retention(costs: CostTable) -> Policy:
+    """Cost of computing the block again over idle time (Pensieve, section 4.3.1)."""
+    return Policy(lambda end, idle_s: costs.compute_s(end) / max(idle_s, 1e-9))
+
+
+def policy_named(name: str, costs: CostTable | None) -> Policy:
+    """retention, which needs costs, lru or lru-tail."""
+    if name == "retention" and costs is not None:
+        return retention(costs)
+    return {"lru": lru, "lru-tail": lru_tail}[name]

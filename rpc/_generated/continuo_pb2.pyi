@@ -438,18 +438,20 @@ class Closed(_message.Message):
     def __init__(self, deleted: bool = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "cached_device_tokens", "recomputed_tokens", "new_tokens")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_device_tokens", "cached_host_tokens", "recomputed_tokens", "new_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     cached_device_tokens: int
+    cached_host_tokens: int
     recomputed_tokens: int
     new_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., cached_host_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue_s", "ttft_s", "total_s")
@@ -700,7 +702,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("uptime_s", "running_turns", "waiting_turns", "conversations", "device", "accepted_turns", "finished_turns", "failed_turns", "refused_turns", "reattached_streams", "prompt_tokens", "cached_device_tokens", "recomputed_tokens", "new_tokens", "completion_tokens", "computed_tokens", "steps", "step_s", "evicted_blocks", "queue_s", "ttft_s", "inter_token_s", "total_s")
+    __slots__ = ("uptime_s", "running_turns", "waiting_turns", "conversations", "device", "host", "accepted_turns", "finished_turns", "failed_turns", "refused_turns", "reattached_streams", "prompt_tokens", "cached_device_tokens", "cached_host_tokens", "recomputed_tokens", "new_tokens", "completion_tokens", "computed_tokens", "steps", "step_s", "evicted_blocks", "stored_blocks", "loaded_blocks", "failed_copies", "queue_s", "ttft_s", "inter_token_s", "total_s")
     class FinishedTurnsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -727,6 +729,7 @@ class GetLoadResponse(_message.Message):
     WAITING_TURNS_FIELD_NUMBER: _ClassVar[int]
     CONVERSATIONS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TURNS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_TURNS_FIELD_NUMBER: _ClassVar[int]
     FAILED_TURNS_FIELD_NUMBER: _ClassVar[int]
@@ -734,6 +737,7 @@ class GetLoadResponse(_message.Message):
     REATTACHED_STREAMS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -741,6 +745,9 @@ class GetLoadResponse(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LOADED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_COPIES_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     INTER_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
@@ -750,6 +757,7 @@ class GetLoadResponse(_message.Message):
     waiting_turns: int
     conversations: ConversationCounts
     device: Tier
+    host: Tier
     accepted_turns: int
     finished_turns: _containers.ScalarMap[str, int]
     failed_turns: _containers.ScalarMap[str, int]
@@ -757,6 +765,7 @@ class GetLoadResponse(_message.Message):
     reattached_streams: int
     prompt_tokens: int
     cached_device_tokens: int
+    cached_host_tokens: int
     recomputed_tokens: int
     new_tokens: int
     completion_tokens: int
@@ -764,11 +773,14 @@ class GetLoadResponse(_message.Message):
     steps: int
     step_s: float
     evicted_blocks: int
+    stored_blocks: int
+    loaded_blocks: int
+    failed_copies: int
     queue_s: Histogram
     ttft_s: Histogram
     inter_token_s: Histogram
     total_s: Histogram
-    def __init__(self, uptime_s: _Optional[float] = ..., running_turns: _Optional[int] = ..., waiting_turns: _Optional[int] = ..., conversations: _Optional[_Union[ConversationCounts, _Mapping]] = ..., device: _Optional[_Union[Tier, _Mapping]] = ..., accepted_turns: _Optional[int] = ..., finished_turns: _Optional[_Mapping[str, int]] = ..., failed_turns: _Optional[_Mapping[str, int]] = ..., refused_turns: _Optional[_Mapping[str, int]] = ..., reattached_streams: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., evicted_blocks: _Optional[int] = ..., queue_s: _Optional[_Union[Histogram, _Mapping]] = ..., ttft_s: _Optional[_Union[Histogram, _Mapping]] = ..., inter_token_s: _Optional[_Union[Histogram, _Mapping]] = ..., total_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+    def __init__(self, uptime_s: _Optional[float] = ..., running_turns: _Optional[int] = ..., waiting_turns: _Optional[int] = ..., conversations: _Optional[_Union[ConversationCounts, _Mapping]] = ..., device: _Optional[_Union[Tier, _Mapping]] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., accepted_turns: _Optional[int] = ..., finished_turns: _Optional[_Mapping[str, int]] = ..., failed_turns: _Optional[_Mapping[str, int]] = ..., refused_turns: _Optional[_Mapping[str, int]] = ..., reattached_streams: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., cached_host_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., evicted_blocks: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., loaded_blocks: _Optional[int] = ..., failed_copies: _Optional[int] = ..., queue_s: _Optional[_Union[Histogram, _Mapping]] = ..., ttft_s: _Optional[_Union[Histogram, _Mapping]] = ..., inter_token_s: _Optional[_Union[Histogram, _Mapping]] = ..., total_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
 
 class ConversationCounts(_message.Message):
     __slots__ = ("running", "waiting", "attached", "idle")

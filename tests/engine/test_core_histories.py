@@ -2,9 +2,9 @@
 run.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -18,16 +18,18 @@ from hypothesis.stateful import (
 )
 
 from engine.cache.block_pool import BlockPool
+from engine.cache.costs import CostTable
 from engine.cache.manager import KVCacheManager
-from engine.cache.policy import lru
+from engine.cache.policy import lru, lru_tail, retention
 from engine.conversation import Conversation, Turn, TurnState
 from engine.core import EngineCore
 from engine.errors import ContextOverflow
 from engine.scheduler import Scheduler, Step
 from engine.types import ConversationId, FinishReason, SamplingParams, Tenant, TurnId
-from tests.fakes import EOS, VOCAB, FakeClock, FakeRunner, stateless_reply
+from tests.fakes import EOS, POISON, VOCAB, FakeClock, FakeRunner, FakeTransfer, stateless_reply
 
-NUM_SLOTS, BLOCK_SIZE, CONTEXT = 11, 4, 40
+BLOCK_SIZE = 4
+COSTS = CostTable({4: 1.0, 16: 1.5, 64: 4.0}, load_s=0.4)
 SYSTEM = [5, 6, 7, 8, 9, 10, 11, 12, 13]  # two full blocks and one token, which conversations share
 ANY = st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=9)
 TOKENS = ANY | st.sampled_from(
@@ -41,20 +43,37 @@ class Histories(RuleBasedStateMachine):
     """
 
     depth = 0
+    num_slots, num_host_slots = 11, 0
+    context = 40
+    policy = lru
+    seen: ClassVar[Counter[str]] = Counter()  # over all histories
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock()
-        self.runner = FakeRunner(NUM_SLOTS, BLOCK_SIZE)
-        self.manager = KVCacheManager(BlockPool(NUM_SLOTS), BLOCK_SIZE, lru)
+        self.runner = FakeRunner(self.num_slots, BLOCK_SIZE)
+        self.transfer = FakeTransfer(self.runner, self.num_host_slots)
+        host = BlockPool(self.num_host_slots)
+        self.manager = KVCacheManager(BlockPool(self.num_slots), BLOCK_SIZE, self.policy, host, COSTS)
         self.core = EngineCore(
-            self.manager, Scheduler(self.manager, 7, 3), self.runner, self.clock, frozenset({EOS}), CONTEXT
+            self.manager,
+            Scheduler(self.manager, 7, 3),
+            self.runner,
+            self.clock,
+            frozenset({EOS}),
+            self.context,
+            self.transfer,
         )
         self.conversations: list[Conversation] = []
         self.launched: deque[Step] = deque()
         self.before: dict[Turn, list[int]] = {}  # history before the turn
         self.started: dict[Turn, list[int]] = {}  # history at the turn's beginning, prompt included
         self.commits = True  # False: the log will refuse the next turn that ends
+
+    def num_kept(self, conversation: Conversation, num_tokens: int) -> int:
+        """Of the first tokens, on either tier."""
+        table = conversation.table
+        return self.manager.num_cached(table, num_tokens) + self.manager.num_reloadable(table, num_tokens)
 
     def some(self, data: st.DataObject) -> Conversation:
         return data.draw(st.sampled_from(self.conversations))
@@ -82,7 +101,7 @@ class Histories(RuleBasedStateMachine):
         try:
             turn = self.core.begin(conversation, TurnId("t"), prompt, sampling, seed=0, first_token=first)
         except ContextOverflow:
-            assert first + len(prompt) + 1 > CONTEXT
+            assert first + len(prompt) + 1 > self.context
             assert list(conversation.tokens) == before
         else:
             self.before[turn], self.started[turn] = before, before[:first] + prompt
@@ -98,7 +117,7 @@ class Histories(RuleBasedStateMachine):
         try:
             turn = self.core.append(conversation, TurnId("t"), prompt, first_token=first)
         except ContextOverflow:
-            assert first + len(prompt) > CONTEXT
+            assert first + len(prompt) > self.context
         else:
             assert list(conversation.tokens) == before[:first] + prompt
             self.core.compute_when_idle(conversation)
@@ -111,13 +130,13 @@ class Histories(RuleBasedStateMachine):
         """To a point of the history, or to one that a later turn had replaced the end of."""
         conversation = data.draw(st.sampled_from([c for c in self.conversations if c.turn is None]))
         kept = conversation.tokens[: data.draw(st.integers(0, len(conversation.tokens)))]
-        num_cached = self.manager.num_cached(conversation.table, len(kept))
-        if brings_back and len(kept) + len(tokens) <= CONTEXT:
+        num_cached = self.num_kept(conversation, len(kept))
+        if brings_back and len(kept) + len(tokens) <= self.context:
             kept.extend(tokens)
         self.core.rewind(conversation, kept)
         assert conversation.tokens == kept and conversation.num_committed == len(kept)
         assert conversation.num_computed <= len(kept)
-        lost = num_cached - self.manager.num_cached(conversation.table, len(kept))
+        lost = num_cached - self.num_kept(conversation, len(kept))
         assert lost < BLOCK_SIZE, "more KV was given up than the last block's"
 
     @precondition(lambda self: self.conversations and len(self.conversations) < 5)
@@ -220,6 +239,12 @@ class Histories(RuleBasedStateMachine):
                     assert block.num_active or block.num_pins or block.evictable or block.slot == -1
 
     def teardown(self) -> None:
+        self.end_all_turns()
+        statistics = self.manager.statistics()
+        for what in ("num_stored", "num_loaded", "num_failed_copies", "num_evicted"):
+            self.seen[what] += getattr(statistics, what)
+
+    def end_all_turns(self) -> None:
         """Every turn comes to an end: no deadlock, whatever was suspended or evicted.  Those whose readers
         are slow keep nobody waiting."""
         self.end_turns(lambda turn: not turn.paused)
@@ -241,6 +266,50 @@ class HistoriesAheadByOne(Histories):
     depth = 1
 
 
+class HistoriesOnTwoTiers(Histories):
+    """Blocks leave for the host, come back, or are dropped from there; copies fail."""
+
+    num_slots, num_host_slots = 6, 5
+    context = 20
+    policy = retention(COSTS)
+
+    @rule()
+    def fail_a_copy(self) -> None:
+        self.transfer.num_to_fail = 1
+
+    @rule(token=st.integers(1, VOCAB - 1))
+    def come_back_one_after_the_other(self, token: int) -> None:
+        for conversation in self.conversations:
+            if conversation.turn is None and len(conversation.tokens) < self.context - 2:
+                before = list(conversation.tokens)
+                sampling = SamplingParams(max_tokens=2)
+                turn = self.core.begin(conversation, TurnId("t"), [token], sampling, seed=0)
+                self.before[turn], self.started[turn] = before, [*before, token]
+                self.run_dry()
+
+
+class HistoriesOnTwoTiersAheadByOne(HistoriesOnTwoTiers):
+    depth = 1
+
+
+class HistoriesOnABigHost(HistoriesOnTwoTiers):
+    num_host_slots = 30
+    policy = lru
+
+
+class HistoriesEvictedFromTheTail(HistoriesOnTwoTiersAheadByOne):
+    policy = lru_tail
+
+
+class OverwrittenHostBlock(HistoriesOnABigHost):
+    """The same in the host tier."""
+
+    @precondition(lambda self: (self.transfer.kv != POISON).any())
+    @rule(data=st.data())
+    def overwrite(self, data: st.DataObject) -> None:
+        self.transfer.kv[self.transfer.kv != POISON] ^= 1
+
+
 class OverwrittenBlock(Histories):
     """One KV entry that some later turn must read is overwritten behind the manager's back."""
 
@@ -257,7 +326,7 @@ class OverwrittenBlock(Histories):
 
 
 def run(machine: Any, examples: int, derandomize: bool = True) -> None:
-    phases = (Phase.explicit, Phase.generate) if machine is OverwrittenBlock else tuple(Phase)
+    phases = (Phase.explicit, Phase.generate) if "Overwritten" in machine.__name__ else tuple(Phase)
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -272,17 +341,34 @@ def run(machine: Any, examples: int, derandomize: bool = True) -> None:
     )
 
 
-@pytest.mark.parametrize("machine", [Histories, HistoriesAheadByOne])
+MACHINES = [
+    Histories,
+    HistoriesAheadByOne,
+    HistoriesOnTwoTiers,
+    HistoriesOnTwoTiersAheadByOne,
+    HistoriesOnABigHost,
+    HistoriesEvictedFromTheTail,
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_replies_equal_a_stateless_run_whatever_happens_to_the_cache(machine: type[Histories]) -> None:
+    machine.seen.clear()
     run(machine, examples=100)
+    if machine.num_host_slots:
+        assert machine.seen["num_stored"] > 100 and machine.seen["num_loaded"] > 30
+        assert machine.seen["num_failed_copies"] > 20
+    else:
+        assert machine.seen["num_evicted"] > 20
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("machine", [Histories, HistoriesAheadByOne])
+@pytest.mark.parametrize("machine", MACHINES)
 def test_replies_equal_a_stateless_run_over_many_random_histories(machine: type[Histories]) -> None:
     run(machine, examples=2_000, derandomize=False)
 
 
-def test_one_overwritten_block_is_noticed() -> None:
+@pytest.mark.parametrize("machine", [OverwrittenBlock, OverwrittenHostBlock])
+def test_one_overwritten_block_is_noticed(machine: type[Histories]) -> None:
     with pytest.raises(AssertionError):
-        run(OverwrittenBlock, examples=200)
+        run(machine, examples=200)

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from engine.cache.block_pool import BlockPool
-from engine.cache.kv_store import KVStore
+from engine.cache.costs import CostTable
+from engine.cache.kv_store import HostStore, KVStore
 from engine.cache.manager import KVCacheManager
-from engine.cache.policy import lru
+from engine.cache.policy import retention
+from engine.cache.transfer import SyncTransfer
 from engine.conversation import Conversation, Turn
 from engine.core import EngineCore
 from engine.model_runner import ModelRunner
@@ -45,22 +47,33 @@ CONFIG: dict[str, Any] = {
 }
 BLOCK_SIZE = 16
 TINY_POOL, BIG_POOL = 11, 64  # blocks; four conversations of up to nine never fit the tiny one together
+COSTS = CostTable({16: 1.0, 256: 2.0}, load_s=0.1)
 SYSTEM = list(range(100, 100 + 2 * BLOCK_SIZE + 5))  # every conversation begins with it
 
 
 class Engine:
     """A core over a real decoder."""
 
-    def __init__(self, decoder: Decoder, num_blocks: int, max_step_tokens: int) -> None:
+    def __init__(
+        self, decoder: Decoder, num_blocks: int, max_step_tokens: int, num_host_blocks: int = 0
+    ) -> None:
         c = decoder.config
         self.store = KVStore(c.num_layers, num_blocks, c.num_kv_heads, BLOCK_SIZE, c.head_dim, torch.float32)
         self.store.slab.fill_(torch.nan)  # nothing may attend to what nobody wrote
         runner = ModelRunner(decoder, self.store, Sampler(c.vocab_size, frozenset()), BLOCK_SIZE)
-        self.manager = KVCacheManager(BlockPool(num_blocks), BLOCK_SIZE, lru)
+        host = BlockPool(num_host_blocks)
+        self.manager = KVCacheManager(BlockPool(num_blocks), BLOCK_SIZE, retention(COSTS), host, COSTS)
+        self.transfer = None
+        if num_host_blocks:
+            self.host = HostStore(self.store, num_host_blocks)
+            self.host.slab.fill_(torch.nan)
+            self.transfer = SyncTransfer(self.store, self.host, verify=True)
         self.clock = FakeClock()
         scheduler = Scheduler(self.manager, max_step_tokens, max_concurrent=3)
         context = (TINY_POOL - 2) * BLOCK_SIZE
-        self.core = EngineCore(self.manager, scheduler, runner, self.clock, frozenset(), context)
+        self.core = EngineCore(
+            self.manager, scheduler, runner, self.clock, frozenset(), context, self.transfer
+        )
 
     def open(self, history: Sequence[int]) -> Conversation:
         return self.core.new_conversation(ConversationId("c"), Tenant("a"), history)
@@ -78,9 +91,11 @@ def stateless_reply(decoder: Decoder, history: Sequence[int], like: Turn) -> lis
 class Histories:
     """Seeded random operations on four conversations; `disturb` is called between steps."""
 
-    def __init__(self, decoder: Decoder, run_ahead: int, disturb: Callable[[Engine], None]) -> None:
+    def __init__(
+        self, decoder: Decoder, run_ahead: int, disturb: Callable[[Engine], None], num_host_blocks: int = 0
+    ) -> None:
         self.decoder, self.run_ahead, self.disturb = decoder, run_ahead, disturb
-        self.engine = Engine(decoder, TINY_POOL, max_step_tokens=24)
+        self.engine = Engine(decoder, TINY_POOL, max_step_tokens=24, num_host_blocks=num_host_blocks)
         self.random = random.Random(5)
         self.launched: deque[Step] = deque()
         self.histories: dict[Turn, list[int]] = {}  # at the beginning of the turn, its prompt included
@@ -183,6 +198,37 @@ def test_token_ids_equal_a_fresh_run_whatever_happens_to_the_cache(decoder: Deco
     usages = [turn.usage for turn in histories.histories if turn.usage is not None]
     assert sum(usage.recomputed_tokens for usage in usages) > 200
     assert sum(usage.cached_device_tokens for usage in usages) > 200
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_token_ids_equal_a_fresh_run_when_blocks_go_to_the_host_and_come_back(
+    decoder: Decoder, run_ahead: int
+) -> None:
+    histories = Histories(decoder, run_ahead, disturb=lambda engine: None, num_host_blocks=9)
+    histories.play(num_rounds=60)
+    assert histories.num_compared > 15
+    statistics = histories.engine.manager.statistics()
+    assert statistics.num_stored > 40 and statistics.num_loaded > 20 and statistics.num_evicted > 10
+    assert statistics.num_failed_copies == 0
+    usages = [turn.usage for turn in histories.histories if turn.usage is not None]
+    assert sum(usage.cached_host_tokens for usage in usages) > 200
+
+
+def test_blocks_that_changed_on_the_host_are_computed_again(decoder: Decoder) -> None:
+    def flip_a_byte_of_each(engine: Engine) -> None:
+        engine.host.slab.view(torch.uint8)[..., 0] ^= 1
+
+    histories = Histories(decoder, 0, disturb=flip_a_byte_of_each, num_host_blocks=9)
+    histories.play(num_rounds=60)
+    assert histories.num_compared > 15
+    statistics = histories.engine.manager.statistics()
+    assert statistics.num_failed_copies > 5 and statistics.num_stored > 10
+    usages = [turn.usage for turn in histories.histories if turn.usage is not None]
+    assert all(
+        usage.prompt_tokens
+        == usage.cached_device_tokens + usage.cached_host_tokens + usage.recomputed_tokens + usage.new_tokens
+        for usage in usages
+    )
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])

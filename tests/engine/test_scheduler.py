@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from engine.cache.block import BlockTable
 from engine.cache.block_pool import BlockPool
 from engine.cache.manager import KVCacheManager
-from engine.cache.policy import lru
+from engine.cache.policy import Policy, lru
 from engine.conversation import Conversation, Turn, TurnState
 from engine.core import EngineCore
 from engine.scheduler import Scheduler
@@ -20,9 +19,11 @@ BLOCK_SIZE = 4
 class Core:
     """A core over `num_slots` blocks, with the shortest way to begin turns and to run them."""
 
-    def __init__(self, num_slots: int = 32, max_step_tokens: int = 64, max_concurrent: int = 4) -> None:
+    def __init__(
+        self, num_slots: int = 32, max_step_tokens: int = 64, max_concurrent: int = 4, policy: Policy = lru
+    ) -> None:
         self.runner = FakeRunner(num_slots, BLOCK_SIZE)
-        self.manager = KVCacheManager(BlockPool(num_slots), BLOCK_SIZE, lru)
+        self.manager = KVCacheManager(BlockPool(num_slots), BLOCK_SIZE, policy)
         scheduler = Scheduler(self.manager, max_step_tokens, max_concurrent)
         context = (num_slots - 1) * BLOCK_SIZE
         self.core = EngineCore(self.manager, scheduler, self.runner, FakeClock(), frozenset(), context)
@@ -130,20 +131,20 @@ def test_usage_adds_up_to_the_tokens_that_were_computed() -> None:
 
 
 def test_making_room_looks_only_at_conversations_that_still_hold_something() -> None:
-    core, ranked = Core(num_slots=16), []
+    ranked = []
 
-    def rank(table: BlockTable, now: float) -> float:
-        ranked.append(table)
-        return lru(table, now)
+    def value(end: int, idle_s: float) -> float:
+        ranked.append(end)
+        return -idle_s
 
-    core.manager._rank = rank
+    core = Core(num_slots=16, policy=Policy(value))
     for number in range(60):
         core.core._clock.now = float(number)  # type: ignore[attr-defined]
         ranked.clear()
         core.finish(core.begin(core.open(), [number + 1] * 14))
         core.manager.check()
-        assert len(ranked) < 25, "one for each of the 5 blocks and of the 3 conversations that hold any"
-    assert core.manager.statistics().num_evicted > 200
+        assert len(ranked) < 25, "for each of 5 blocks, one for each of 4 conversations that hold any"
+    assert core.manager.statistics().num_evicted > 200 and ranked
 
 
 def test_an_appended_history_is_computed_only_while_no_turn_wants_anything() -> None:

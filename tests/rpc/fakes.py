@@ -205,7 +205,7 @@ class FakeEngine:
             for n, character in enumerate(prompt):
                 await self._hold(n)
                 yield Delta(n + 2, turn_id, n, (ord(character),), character)
-            usage = Usage(len(prompt), len(prompt), 0, 0, len(prompt))
+            usage = Usage(len(prompt), len(prompt), new_tokens=len(prompt))
             yield TurnDone(99, turn_id, FinishReason.STOP_TOKEN, None, usage, Timing(), CONTEXT, 0)
         finally:
             self.generation_ended.set()
@@ -344,7 +344,7 @@ class FakeEngine:
             reply_text=text_of(reply),
             finish_reason=reason,
             matched_stop=None,
-            usage=Usage(history + len(prompt), len(reply), history, 0, len(prompt)),
+            usage=Usage(history + len(prompt), len(reply), history, new_tokens=len(prompt)),
             timing=Timing(0.001, 0.002, 0.003),
             created_at=1000.0,
             done_seq=conversation.seq + 1,

@@ -48,6 +48,9 @@ async def test_every_number_of_the_load_is_there_under_its_name() -> None:
         "kv_cache_device_tokens state=in_use": 250,
         "kv_cache_device_tokens state=idle": 500,
         "kv_cache_device_tokens state=free": 250,
+        "kv_cache_host_tokens state=in_use": 40,
+        "kv_cache_host_tokens state=idle": 3000,
+        "kv_cache_host_tokens state=free": 960,
         "conversations state=running": 2,
         "conversations state=waiting": 4,
         "conversations state=attached": 12,
@@ -60,13 +63,17 @@ async def test_every_number_of_the_load_is_there_under_its_name() -> None:
         "reattached_streams_total": 7,
         "prompt_tokens_total": 8000,
         "cached_tokens_total tier=device": 6000,
-        "recomputed_tokens_total": 800,
+        "cached_tokens_total tier=host": 350,
+        "recomputed_tokens_total": 450,
         "new_tokens_total": 1200,
         "generation_tokens_total": 3500,
         "computed_tokens_total": 5500,
         "steps_total": 400,
         "step_seconds_total": 16.0,
         "evicted_blocks_total": 11,
+        "copied_blocks_total to=host": 31,
+        "copied_blocks_total to=device": 23,
+        "failed_copies_total": 2,
     }
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine.errors import Draining
-from engine.load import Histogram
+from engine.load import Histogram, Tier
 from rpc import codec
 from tests.loads import BOUNDS, a_load
 from tests.rpc.conftest import running
@@ -33,14 +33,21 @@ def test_a_line_tells_what_happened_between_two_answers() -> None:
         completion_tokens=3600,
         prompt_tokens=8400,
         cached_device_tokens=6300,
-        recomputed_tokens=800,
+        recomputed_tokens=450,
         new_tokens=1300,
         ttft_s=Histogram(BOUNDS, (0, 60, 4, 0), 5.0),
     )
     assert top_view.line(now, before) == (
-        "3 running, 1 waiting | 50.0 tokens/s out, 200.0 in: 75% reused, 0% recomputed, 25% new | "
+        "3 running, 1 waiting | 50.0 tokens/s out, "
+        "200.0 in: 75% reused, 0% from host, 0% recomputed, 25% new | "
         "first token 550 ms | KV 25% in use, 50% idle, 25% free | 12 attached, 2034 idle"
     )
+
+
+def test_a_server_without_a_host_tier_is_asked_nothing_of_it() -> None:
+    none = Tier(0, 0, 0, 0)
+    now, before = codec.load(a_load(uptime_s=102.0, prompt_tokens=8100, host=none)), codec.load(a_load())
+    assert "host" not in top_view.line(now, before) + "".join(top_view.page("tiny", now, before))
 
 
 def test_an_interval_in_which_nothing_happened_has_no_shares_and_no_times() -> None:
@@ -64,6 +71,7 @@ def test_a_page_shows_turns_conversations_memory_speed_and_endings() -> None:
         "steps           50.0/s, 10.0 ms each",
         "device KV       ██████▒▒▒▒▒▒▒▒▒▒▒▒░░░░░░ of 1,000 tokens",
         "                25% in use, 50% idle, 25% free",
+        "host KV         ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒░░░░░░ of 4,000 tokens",
         "queue                   - median         - 95th percentile",
         "first token             - median         - 95th percentile",
         "between tokens          - median         - 95th percentile",
@@ -77,7 +85,7 @@ def test_a_page_shows_turns_conversations_memory_speed_and_endings() -> None:
 def test_all_since_the_start_is_compared_with_nothing() -> None:
     now = codec.load(a_load())
     line = top_view.line(now, top_view.since_start(now))
-    assert "35.0 tokens/s out, 80.0 in: 75% reused, 10% recomputed, 15% new" in line
+    assert "35.0 tokens/s out, 80.0 in: 75% reused, 4% from host, 6% recomputed, 15% new" in line
 
 
 @pytest.mark.parametrize(
@@ -129,7 +137,7 @@ async def test_piped_it_writes_a_line_per_interval_and_ends_with_the_server(caps
             await watch(server)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1] for line in lines] == [
-        "100.0 tokens/s out, 800.0 in: 75% reused, 10% recomputed, 15% new",
+        "100.0 tokens/s out, 800.0 in: 75% reused, 4% from host, 6% recomputed, 15% new",
         *["100.0 tokens/s out, 0.0 in"] * 2,
     ]
 
@@ -138,7 +146,7 @@ async def test_once_is_one_line_about_all_since_the_start(capsys) -> None:
     async with Watched(10.0, 12.0) as engine, running(engine) as server:
         await watch(server, once=True)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "| 100.0 tokens/s out, 800.0 in: 75% reused, 10% recomputed, 15% new |" in line
+    assert "| 100.0 tokens/s out, 800.0 in: 75% reused, 4% from host, 6% recomputed, 15% new |" in line
 
 
 async def test_a_server_that_was_started_anew_is_not_compared_with_the_one_before(capsys) -> None:
@@ -161,7 +169,7 @@ async def test_a_terminal_is_drawn_over_and_stays_when_the_server_goes_away(caps
     first, gone, back = re.split(r"\x1b\[\d+F", capsys.readouterr().out)[:3]
     assert first.startswith("fake at") and first.endswith("\x1b[J")
     rows = first.split("\x1b[K\n")
-    assert len(rows) == 17 and max(map(len, rows)) == 39
+    assert len(rows) == 18 and max(map(len, rows)) == 39
     assert gone.split("\x1b[K\n")[:16] == rows[:16]
     assert "no server answers at" in gone and "no server answers at" not in back
     assert "tokens out      100/s" in back

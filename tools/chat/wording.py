@@ -36,6 +36,7 @@ def status_line(turn: Turn) -> str:
 def reuse(usage: pb.Usage) -> list[str]:
     return [
         f"{usage.cached_device_tokens:,} tokens reused from device",
+        *([f"{usage.cached_host_tokens:,} from host"] if usage.cached_host_tokens else []),
         f"{usage.recomputed_tokens:,} recomputed",
         f"{usage.new_tokens:,} new",
     ]
@@ -46,6 +47,7 @@ def statistics(conversation: pb.Conversation, turns: Sequence[pb.CommittedTurn])
     total = pb.Usage(
         completion_tokens=sum(turn.usage.completion_tokens for turn in turns),
         cached_device_tokens=sum(turn.usage.cached_device_tokens for turn in turns),
+        cached_host_tokens=sum(turn.usage.cached_host_tokens for turn in turns),
         recomputed_tokens=sum(turn.usage.recomputed_tokens for turn in turns),
         new_tokens=sum(turn.usage.new_tokens for turn in turns),
     )
