@@ -36,6 +36,7 @@ from tools.hub import HubError, resolve_model
 from tools.server_process import ServerFailed, ServerProcess
 
 DEVICE_KV_TOKENS = 5_120  # room for all friends, or for all visitors, not for both
+HOST_KV_TOKENS = 2_560  # room for some of the friends while they are away
 
 
 class Stage:
@@ -99,10 +100,10 @@ async def _play_both(model: Path, screen: Screen) -> Score:
     screen.title(
         "Continuo serves conversations: it keeps what was said, you send what is new.",
         f"Model: {'a tiny one, trained for this demo' if is_bundled else model}. "
-        f"KV memory: {DEVICE_KV_TOKENS:,} tokens.",
+        f"KV memory: {DEVICE_KV_TOKENS:,} tokens, and {HOST_KV_TOKENS:,} in a second tier.",
     )
     with tempfile.TemporaryDirectory(prefix="continuo-demo-") as data_dir:
-        async with Stage(model, "--data-dir", data_dir) as stage:
+        async with Stage(model, "--data-dir", data_dir, "--host-kv-tokens", str(HOST_KV_TOKENS)) as stage:
             num_cut_off = await _play_kept(stage, cast, screen)
             await _play_control(stage.client, control, screen)
             comparable = [await num_comparable(stage.client, speaker) for speaker in cast.everybody]
@@ -131,8 +132,12 @@ async def _play_kept(stage: Stage, cast: Cast, screen: Screen) -> int:
     with screen.counting("visiting", len(visitors[0].steps)) as count:
         await play(visitors, after_turn=count)
     back = await play(friends, 1)
-    again, all_tokens = _sum(back, "recomputed_tokens"), _sum(back, "prompt_tokens")
-    screen.note(f"The friends come back: {again:,} of their {all_tokens:,} tokens are computed again.")
+    names = ("prompt_tokens", "cached_device_tokens", "cached_host_tokens", "recomputed_tokens")
+    all_tokens, device, host, again = (_sum(back, name) for name in names)
+    screen.note(
+        f"The friends come back. Of their {all_tokens:,} tokens {device:,} are still on the device, "
+        f"{host:,} are copied back from the host, {again:,} were dropped and are computed again."
+    )
 
     screen.act("kill -9, in the middle of their next replies.")
     begin, pid = time.perf_counter(), stage.server.pid

@@ -43,7 +43,7 @@ def test_the_bundled_model_remembers_through_pressure_and_kill_9(environment):
     assert figures["equal_turns"] == figures["compared_turns"] > 0.9 * figures["turns"] > 100
     assert figures["recall_correct"] >= 0.95 * figures["recall_asked"] > 30
     assert figures["control_not_told"] == figures["control_asked"] > 30
-    assert figures["recomputed_tokens"] > 1_000
+    assert figures["recomputed_tokens"] > 1_000 and figures["cached_host_tokens"] > 500
     assert 3 * figures["computed_tokens"] < figures["stateless_computed_tokens"]
     assert "re-reading every turn" in shown and "facts right" in shown
 
