@@ -10,8 +10,9 @@ in a small pool and hands ids to a `Conversation`.  Each step is three calls:
 
 Who owns what: `BlockPool` the slots of a tier, `KVCacheManager` the blocks of conversations and, through its
 `Tiers`, where their data is (nobody else writes it), `KVStore` and `HostStore` the tensors, `Conversation`
-tokens and turns, `Scheduler` queues and the token budget, `TokenLog` what survives a crash. Scheduler, manager
-and policies know neither torch nor asyncio nor the clock: the same code runs under tests with virtual time.
+tokens and turns, `Scheduler` queues and the token budget, `TokenLog` what survives a crash. Scheduler,
+manager and policies know neither torch nor asyncio nor the clock: the same code runs under tests with virtual
+time.
 
 Names are resolved on first use, so that importing an integer-only module does not load torch.
 """
