@@ -6,8 +6,10 @@ device until its slot is handed out (lazy reclamation).  With a host tier of no 
 leaving altogether.
 """
 
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from engine.cache.block import NO_SLOT, Block, BlockMove, BlockTable, Copy
 from engine.cache.block_pool import BlockPool
@@ -57,6 +59,8 @@ class Tiers:
         self._leaving: set[Block] = set()  # named by no table, but a launched step still touches them
         self._num_evictable = self._num_clean = self._num_host_evictable = self._num_storing = 0
         self._num_evicted = self._num_stored = self._num_loaded = self._num_failed = 0
+        self._to_store: deque[tuple[float, Block]] = deque()  # ranked once for several steps
+        self._ranked_at = 0.0
         self._may_store = True  # False: the host refused or a copy failed, and nothing has become idle since
 
     # -- counts
@@ -164,15 +168,20 @@ class Tiers:
         if not self._may_store or not self.host.num_slots or free >= threshold * num_slots:
             return
         left = min(int(STORE_BELOW * num_slots) + 1 - free, max(1, num_slots // 32))
-        for value, block in lowest_first(self._tables, Way.TO_HOST, self.policy, self._block_size, now):
-            if not may_go(block, Way.TO_HOST):
-                continue
-            if not self._begin_store(block, value, now):
-                break
-            left -= 1
-            if not left:
+        while left:
+            if not self._to_store:
+                ranked = lowest_first(self._tables, Way.TO_HOST, self.policy, self._block_size, now)
+                self._to_store.extend(islice(ranked, max(1, num_slots // 64)))
+                self._ranked_at = now
+            if not self._to_store:
+                self._may_store = False
                 return
-        self._may_store = False
+            value, block = self._to_store.popleft()
+            if may_go(block, Way.TO_HOST) and block.last_used <= self._ranked_at:
+                if not self._begin_store(block, value, now):
+                    self._may_store = False
+                    return
+                left -= 1
 
     def take_begun(self) -> tuple[Copy, ...]:
         """The copies that have begun since the last call: the step that is planned now must make them."""
