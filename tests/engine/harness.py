@@ -34,7 +34,7 @@ from engine.types import (
     TurnId,
     TurnRequest,
 )
-from tests.fakes import CHAT_TEMPLATE, FakeRunner, byte_tokenizer, stateless_reply
+from tests.fakes import CHAT_TEMPLATE, FakeRunner, FakeTransfer, byte_tokenizer, stateless_reply
 
 LOCAL = Tenant("local")
 BLOCK_SIZE = 16
@@ -57,18 +57,20 @@ def fake_engine(
     data_dir: Path | None = None,
     *,
     num_slots: int = 64,
+    num_host_slots: int = 0,
     fingerprint: str = "fake",
     eos_ids: frozenset[int] = frozenset({IM_END}),
     template: str = CHAT_TEMPLATE,
     **settings: object,
 ) -> tuple[AsyncEngine, WatchedRunner, KVCacheManager]:
     config = EngineConfig(Path("fake"), block_size=BLOCK_SIZE, data_dir=data_dir, **settings)  # type: ignore[arg-type]
-    manager = KVCacheManager(BlockPool(num_slots), BLOCK_SIZE, lru)
+    manager = KVCacheManager(BlockPool(num_slots), BLOCK_SIZE, lru, BlockPool(num_host_slots))
     runner = WatchedRunner(num_slots, BLOCK_SIZE, VOCAB)
     clock = SystemClock()
     context = (num_slots - 1) * BLOCK_SIZE
     scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent)
-    core = EngineCore(manager, scheduler, runner, clock, eos_ids, context)
+    transfer = FakeTransfer(runner, num_host_slots)
+    core = EngineCore(manager, scheduler, runner, clock, eos_ids, context, transfer)
     limits = Limits(context, config.max_concurrent, config.max_queue, 1 << 20)
     tokenizer = byte_tokenizer(template)
     info = ModelInfo("fake", "0", fingerprint, "Fake", "int64", "cpu", VOCAB, tuple(eos_ids), True, limits)

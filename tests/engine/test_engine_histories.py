@@ -94,8 +94,9 @@ class Histories:
     know.
     """
 
-    def __init__(self, folder: Path, run_ahead: int) -> None:
+    def __init__(self, folder: Path, run_ahead: int, num_host_slots: int) -> None:
         self.folder = folder
+        self.num_host_slots = num_host_slots
         self.run_ahead = run_ahead
         self.clients: list[Client] = []
 
@@ -111,6 +112,7 @@ class Histories:
         self.engine, _, self.manager = fake_engine(
             self.folder,
             num_slots=NUM_SLOTS,
+            num_host_slots=self.num_host_slots,
             max_step_tokens=24,
             max_concurrent=3,
             max_conversations=3,
@@ -302,13 +304,14 @@ OPERATIONS = (
     *("append", "regenerate", "rewind", "fork", "update"),
     *("cancel", "disconnect", "resume", "restart"),
 )
+HOST_SLOTS = st.sampled_from([0, 5, 40])
 NUMBERS = st.integers(0, 1000)
 SCRIPTS = st.lists(st.tuples(st.sampled_from(OPERATIONS), NUMBERS, NUMBERS), min_size=10, max_size=50)
 
 
-def play(script: Sequence[tuple[str, int, int]], run_ahead: int) -> None:
+def play(script: Sequence[tuple[str, int, int]], run_ahead: int, num_host_slots: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(Histories(Path(folder), run_ahead).play(script))
+        asyncio.run(Histories(Path(folder), run_ahead, num_host_slots).play(script))
 
 
 SETTINGS = settings(
@@ -318,16 +321,18 @@ SETTINGS = settings(
 )
 
 
-@given(SCRIPTS, st.integers(0, 1))
+@given(SCRIPTS, st.integers(0, 1), HOST_SLOTS)
 @settings(SETTINGS, max_examples=100)
-def test_what_clients_were_told_is_what_is_kept(script: list[tuple[str, int, int]], run_ahead: int) -> None:
-    play(script, run_ahead)
+def test_what_clients_were_told_is_what_is_kept(
+    script: list[tuple[str, int, int]], run_ahead: int, num_host_slots: int
+) -> None:
+    play(script, run_ahead, num_host_slots)
 
 
 @pytest.mark.heavy
-@given(SCRIPTS, st.integers(0, 1))
+@given(SCRIPTS, st.integers(0, 1), HOST_SLOTS)
 @settings(SETTINGS, max_examples=800)
 def test_what_clients_were_told_is_what_is_kept_over_many_histories(
-    script: list[tuple[str, int, int]], run_ahead: int
+    script: list[tuple[str, int, int]], run_ahead: int, num_host_slots: int
 ) -> None:
-    play(script, run_ahead)
+    play(script, run_ahead, num_host_slots)
