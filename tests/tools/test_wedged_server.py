@@ -24,7 +24,8 @@ def wedged_server(talking_model, environment, tmp_path):
     with (tmp_path / "stderr").open("w") as stderr:
         process = subprocess.Popen(
             (sys.executable, "-c", WEDGED, "serve", talking_model, "--listen", "127.0.0.1:0")
-            + ("--data-dir", "none", "--step-timeout", "0.5"),
+            + ("--data-dir", "none", "--step-timeout", "0.5")
+            + ("--policy", "lru"),  # needs no step before the first turn
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
