@@ -24,7 +24,7 @@ from rpc.failure import (
 )
 from rpc.outcome import Turn
 from rpc.reply import Reply, ReplyEvent, event_of
-from rpc.request import Sampling, fork_request, labels_of, new_id, set_input, set_point
+from rpc.request import Sampling, fork_request, labels_of, new_id, sampling_of, set_input, set_point
 
 Pauses = Callable[[], Iterator[float]]
 
@@ -70,7 +70,7 @@ class Chat:
         seconds after which the reply ends with DEADLINE and what it has.  A `turn_id` of your own makes it
         safe to say the same again, even from another process.
         """
-        turn = pb.Turn(turn_id=turn_id or new_id("t"), sampling=sampling, timeout_s=timeout)
+        turn = pb.Turn(turn_id=turn_id or new_id("t"), sampling=sampling_of(sampling), timeout_s=timeout)
         set_input(turn, text, messages, token_ids)
         return self._reply(turn.turn_id, pb.ClientEvent(turn=turn))
 
@@ -100,7 +100,10 @@ class Chat:
         That turn and all behind it give way once the new reply is complete; if it fails they stand.
         """
         again = pb.Regenerate(
-            turn_id=turn_id or new_id("t"), replaces=replaces, sampling=sampling, timeout_s=timeout
+            turn_id=turn_id or new_id("t"),
+            replaces=replaces,
+            sampling=sampling_of(sampling),
+            timeout_s=timeout,
         )
         return self._reply(again.turn_id, pb.ClientEvent(regenerate=again))
 
@@ -112,7 +115,7 @@ class Chat:
 
     async def update(self, *, labels: Mapping[str, str] | None = None, **sampling: Unpack[Sampling]) -> None:
         """Sets defaults of the turns to come, and leaves the others; `labels` replace all labels."""
-        defaults = pb.Sampling(**sampling) if sampling else None
+        defaults = sampling_of(sampling) if sampling else None
         await self._ask(pb.ClientEvent(update=pb.Update(sampling=defaults, labels=labels_of(labels))))
 
     async def fork(

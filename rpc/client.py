@@ -44,7 +44,7 @@ from rpc.failure import (
 )
 from rpc.outcome import Delta, FinishReason, ReplyKind, Turn
 from rpc.reply import Reply, ReplyEvent
-from rpc.request import Sampling, fork_request, json_objects, messages_of, new_id, set_input
+from rpc.request import Sampling, fork_request, json_objects, messages_of, new_id, sampling_of, set_input
 
 __all__ = [
     "Aborted",
@@ -143,7 +143,7 @@ class ContinuoClient:
             conversation_id=new_id("c") if id is None else id,
             system=system,
             labels=labels,
-            sampling=sampling,
+            sampling=sampling_of(sampling),
             history=None if history is None else messages_of(history),
             tools=json_objects(tools, "tools"),
             on_rewrite=pb.REWRITE_POLICY_STRIP if strip_rewritten else pb.REWRITE_POLICY_KEEP,
@@ -210,7 +210,7 @@ class ContinuoClient:
         **sampling: Unpack[Sampling],
     ) -> Reply:
         """A reply that nothing is remembered of, to `prompt` as it is, or `messages`, or `token_ids`."""
-        request = pb.GenerateRequest(sampling=sampling, tools=json_objects(tools, "tools"))
+        request = pb.GenerateRequest(sampling=sampling_of(sampling), tools=json_objects(tools, "tools"))
         set_input(request, prompt, messages, token_ids)
         reply = Reply()
         reply.events = self._generate(request, timeout)

@@ -36,6 +36,22 @@ class Sampling(TypedDict, total=False):
     bad_words: list[str]
 
 
+def sampling_of(given: Sampling) -> pb.Sampling:
+    """Raises `InvalidArgument` for a name that is not known, or a value of another kind."""
+    message = pb.Sampling()
+    values: dict[str, Any] = dict(given)
+    for name, value in values.items():
+        if name not in Sampling.__annotations__:
+            raise InvalidArgument(
+                f"{name} is no sampling parameter; there are {', '.join(Sampling.__annotations__)}"
+            )
+        try:
+            message.MergeFrom(pb.Sampling(**{name: value}))
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"{name} is {value!r}: {error}; give it a value of its kind") from None
+    return message
+
+
 def new_id(kind: str) -> str:
     """A name that nobody else uses: asking again under it can be recognised as asking again."""
     return f"{kind}-{uuid.uuid4().hex[:16]}"

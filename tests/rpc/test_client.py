@@ -309,3 +309,19 @@ async def test_closing_the_client_ends_a_read_with_cancelled(server, engine):
     with pytest.raises(Cancelled, match="the client was closed while this was going on"):
         await reading
     await eventually(engine.detached.is_set)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"tempreature": 1.0}, "tempreature is no sampling parameter; there are temperature, top_k"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_k": 10**12}, "top_k is 1000000000000"),
+        ({"stop": [1]}, r"stop is \[1\]"),
+    ],
+)
+async def test_sampling_that_cannot_be_is_refused_by_its_name(client, given, told):
+    chat = await client.open()
+    with pytest.raises(InvalidArgument, match=told):
+        await chat.say("Hi", **given)
+    assert (await chat.say("Hi")).text == "You said: Hi"
