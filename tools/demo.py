@@ -132,11 +132,11 @@ async def _play_kept(stage: Stage, cast: Cast, screen: Screen) -> int:
     with screen.counting("visiting", len(visitors[0].steps)) as count:
         await play(visitors, after_turn=count)
     back = await play(friends, 1)
-    names = ("prompt_tokens", "cached_device_tokens", "cached_host_tokens", "recomputed_tokens")
-    all_tokens, device, host, again = (_sum(back, name) for name in names)
+    names = ("cached_device_tokens", "cached_host_tokens", "recomputed_tokens")
+    device, host, again = (_sum(back, name) for name in names)
+    screen.note(f"The friends come back, with {device + host + again:,} tokens of history:")
     screen.note(
-        f"The friends come back. Of their {all_tokens:,} tokens {device:,} are still on the device, "
-        f"{host:,} are copied back from the host, {again:,} were dropped and are computed again."
+        f"{device:,} still on the device, {host:,} copied back from the host, {again:,} computed again."
     )
 
     screen.act("kill -9, in the middle of their next replies.")
