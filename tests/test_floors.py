@@ -37,6 +37,7 @@ FLOORS = {
     "engine.loader": 5,
     "engine.operations": 5,
     "engine.registry": 5,
+    "engine.simulation": 5,
     "engine.step_loop": 5,
     "engine.turns": 5,
     "rpc": 6,
