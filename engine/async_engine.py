@@ -153,7 +153,7 @@ class AsyncEngine:
         live = self._registry.get(record.id)  # somebody may have resumed it already
         if live is None:
             turns = [] if first is None else [first]
-            live = self._registry.keep(self._registry.new(record, turns, was_computed=False))
+            live = self._registry.keep(self._registry.new(record, turns))
             self._in_flight.compute_when_idle(live)
         return self._attach(live, [], live.seq)
 

@@ -72,9 +72,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The tokens that a step chose, by `Segment.row`, and how long it took."""
+    """The tokens that a step chose, by `Segment.row`, and how long it computed."""
 
     sampled: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # of the rows that asked for them
     failed_moves: frozenset[BlockMove] = frozenset()
+    load_s: float = 0.0  # for the copies from the host, before the `seconds` of computing

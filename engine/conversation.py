@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from engine.cache.block import BlockTable
+from engine.computed import Computed, Miss
 from engine.errors import InvariantError
 from engine.types import ConversationId, FinishReason, SamplingParams, Tenant, TurnId, Usage
 
@@ -28,7 +29,7 @@ class Aside:
 
     tokens: "array[int]"
     table: BlockTable  # evictable, but not forgotten
-    num_computed: int
+    computed: Computed
 
 
 @dataclass(eq=False, slots=True)
@@ -53,8 +54,12 @@ class Turn:
     caught_up: bool = False  # the last step planned for it reached its end, so it decodes
     paused: bool = False  # its reader is slow
     usage: Usage | None = None  # known once it runs
+    num_known: int = 0  # of its first tokens: computed before it began to run
     started_s: float | None = None
     first_token_s: float | None = None
+    reload_s: float = 0.0  # as in `Timing`, so far
+    recompute_s: float = 0.0
+    prefill_s: float = 0.0
     finish_reason: FinishReason | None = None
 
     @property
@@ -81,7 +86,7 @@ class Conversation:
     table: BlockTable
     tokens: "array[int]" = field(default_factory=lambda: array("i"))
     num_committed: int = 0
-    num_computed: int = 0  # of the first tokens: those that were computed before the turn in flight, ever
+    computed: Computed = field(default_factory=Computed)  # before the turn in flight, ever
     turn: Turn | None = None
 
     def begin(self, turn: Turn) -> None:
@@ -100,39 +105,53 @@ class Conversation:
         self.num_committed = self.turn.first_reply_token + num_reply_kept
         self.turn = None
         self.cut(self.num_committed)
+        if num_reply_kept:
+            self._expect_last()
 
-    def extend(self, tokens: Iterable[int]) -> None:
-        """Append tokens that are committed, and were computed once, but for the last."""
+    def extend(self, tokens: Iterable[int], num_computed: int, why: Miss) -> None:
+        """Append tokens that are committed.  `num_computed` of the history then were computed once; `why`
+        their KV is not here.
+        """
         self.tokens.extend(array("i", tokens))
         self.num_committed = len(self.tokens)
-        self.num_computed = max(0, len(self.tokens) - 1)
+        self.computed.add(num_computed, why)
+        self._expect_last()
 
     def cut(self, num_tokens: int) -> None:
         """Forget everything from token `num_tokens` on."""
         del self.tokens[num_tokens:]
         self.num_committed = min(self.num_committed, num_tokens)
-        self.num_computed = min(self.num_computed, num_tokens)
+        self.computed.cut(num_tokens)
 
-    def set_aside(self, first_token: int, table: BlockTable, prompt_ids: Sequence[int]) -> Aside:
+    def set_aside(
+        self, first_token: int, table: BlockTable, prompt_ids: Sequence[int], block_size: int
+    ) -> Aside:
         """Go on from token `first_token` with `prompt_ids`, over another table; `put_back` undoes it.
 
         So far as the prompt repeats what stood there, it counts as computed before.
         """
-        aside = Aside(self.tokens, self.table, self.num_computed)
-        num_repeated = common_length(prompt_ids, self.tokens[first_token:])
+        aside = Aside(self.tokens, self.table, self.computed)
+        num_same = first_token + common_length(prompt_ids, self.tokens[first_token:])
         self.tokens, self.table = self.tokens[:first_token], table
         self.num_committed = first_token
-        self.num_computed = min(self.num_computed, first_token + num_repeated)
+        self.computed = aside.computed.copy()
+        self.computed.cut(num_same)
+        self.computed.lose(num_same - num_same % block_size)
         return aside
 
     def put_back(self, aside: Aside, first_token: int) -> BlockTable:
         """Stand as before the turn at `first_token`.  Returns the table that nobody needs any more."""
         spare = self.table
-        computed = min(self.num_computed, first_token)  # the turn may have computed some of the history
-        self.tokens, self.table = aside.tokens, aside.table
+        num_here = min(self.computed.num_here, first_token)  # the turn may have computed some of the history
+        self.tokens, self.table, self.computed = aside.tokens, aside.table, aside.computed
         self.num_committed = len(self.tokens)
-        self.num_computed = max(aside.num_computed, computed)
+        self.computed.compute(num_here)
         return spare
+
+    def _expect_last(self) -> None:
+        """The last token was chosen; it is computed with the next turn."""
+        if self.computed.num_tokens == len(self.tokens) - 1:
+            self.computed.add(len(self.tokens), Miss.NEW)
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:

@@ -5,7 +5,7 @@ order of planning.  A plan may be made before the previous one is applied (run-a
 launched step samples are scheduled before they are known.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from engine.batch import StepPlan, StepResult, needs_history
 from engine.cache.block import BlockMove
 from engine.cache.manager import KVCacheManager
 from engine.cache.transfer import TransferEngine
+from engine.computed import Miss
 from engine.conversation import Conversation, Turn, TurnState, common_length
 from engine.errors import ContextOverflow, InvariantError
 from engine.scheduler import Scheduler, Step
@@ -69,15 +70,21 @@ class EngineCore:
     # -- conversations
 
     def new_conversation(
-        self, id: ConversationId, tenant: Tenant, tokens: Iterable[int] = (), *, was_computed: bool = True
+        self,
+        id: ConversationId,
+        tenant: Tenant,
+        tokens: Sequence[int] = (),
+        *,
+        num_computed: int | None = None,
     ) -> Conversation:
         """A conversation with a committed history; nothing of it needs to be computed before a turn asks
-        for it.  `was_computed` tells apart what is computed again from what is new.
+        for it.  `num_computed` of its first tokens were computed once (None: all but the last), which tells
+        apart what is computed again from what is new.
         """
         conversation = Conversation(id, tenant, self.manager.new_table(tenant, self._clock.monotonic()))
-        conversation.extend(tokens)
-        if not was_computed:
-            conversation.num_computed = 0
+        if num_computed is None:
+            num_computed = len(tokens) - 1
+        conversation.extend(tokens, num_computed, Miss.RESTART)
         self.manager.extend(conversation.table, conversation.tokens)
         return conversation
 
@@ -95,7 +102,7 @@ class EngineCore:
         num_kept = common_length(tokens, conversation.tokens)
         self._cut(conversation, num_kept)
         if num_kept < len(tokens):
-            conversation.extend(tokens[num_kept:])
+            conversation.extend(tokens[num_kept:], len(tokens) - 1, Miss.REWRITTEN)
             self.manager.extend(conversation.table, conversation.tokens)
 
     def compute_when_idle(self, conversation: Conversation) -> None:
@@ -117,13 +124,17 @@ class EngineCore:
         seed: int,
         *,
         first_token: int | None = None,
+        rewritten_to: int = 0,
         bad_word_ids: tuple[tuple[int, ...], ...] = (),
     ) -> Turn:
         """Go on from token `first_token` of the history (None: its end) with the prompt, and queue the turn.
+        Where the prompt departs from what stood there, it tells the past in other words up to token
+        `rewritten_to`.
 
         Raises ContextOverflow if not even one token of reply would fit.
         """
         turn = self._new_turn(conversation, turn_id, prompt_ids, sampling, seed, first_token, room_for=1)
+        conversation.computed.add(rewritten_to, Miss.REWRITTEN)
         turn.bad_word_ids = bad_word_ids
         turn.needs_history = needs_history(sampling)
         self.scheduler.submit(turn)
@@ -136,9 +147,11 @@ class EngineCore:
         prompt_ids: Sequence[int],
         *,
         first_token: int | None = None,
+        rewritten_to: int = 0,
     ) -> Turn:
         """A turn that is over as soon as its prompt stands in the history.  ContextOverflow."""
         turn = self._new_turn(conversation, turn_id, prompt_ids, SamplingParams(), 0, first_token, room_for=0)
+        conversation.computed.add(rewritten_to, Miss.REWRITTEN)
         turn.state, turn.finish_reason = TurnState.FINISHED, FinishReason.APPENDED
         turn.usage = Usage(prompt_tokens=len(prompt_ids), new_tokens=len(prompt_ids))
         conversation.end(0)
@@ -206,14 +219,22 @@ class EngineCore:
         )
         if first < len(conversation.tokens):
             table = self.manager.new_table(conversation.tenant, self._clock.monotonic())
-            turn.aside = conversation.set_aside(first, table, turn.prompt_ids)
+            size = self.manager.block_size
+            turn.aside = conversation.set_aside(first, table, turn.prompt_ids, size)
         conversation.begin(turn)
         self.manager.extend(conversation.table, conversation.tokens)
         return turn
 
     def _cut(self, conversation: Conversation, num_tokens: int) -> None:
+        num_kept = self._num_kept(conversation, num_tokens)
         conversation.cut(num_tokens)
         self.manager.truncate(conversation.table, num_tokens)
+        if self._num_kept(conversation, num_tokens) < num_kept:
+            conversation.computed.lose(num_tokens - num_tokens % self.manager.block_size)
+
+    def _num_kept(self, conversation: Conversation, num_tokens: int) -> int:
+        table = conversation.table
+        return self.manager.num_cached(table, num_tokens) + self.manager.num_reloadable(table, num_tokens)
 
     # -- steps
 
@@ -223,15 +244,21 @@ class EngineCore:
     def execute(self, step: Step) -> StepResult:
         plan = step.plan
         failed: frozenset[BlockMove] = frozenset()
-        if self._transfer is not None and (plan.stores or plan.loads):
-            failed = self._transfer.store(plan.stores) | self._transfer.load(plan.loads)
+        load_s = 0.0
+        if self._transfer is not None and plan.stores:
+            failed = self._transfer.store(plan.stores)
+        if self._transfer is not None and plan.loads:
+            begun = self._clock.monotonic()
+            failed |= self._transfer.load(plan.loads)
+            load_s = self._clock.monotonic() - begun
         result = self._runner.run(plan) if plan.segments else StepResult()
-        return replace(result, failed_moves=failed) if failed else result
+        return replace(result, failed_moves=failed, load_s=load_s) if load_s or failed else result
 
     def apply(self, step: Step, result: StepResult) -> list[TokenEvent]:
         """Append what the step sampled.  Tokens of turns that ended meanwhile are dropped."""
         lost = self.manager.settle(step.blocks, step.writes, step.copies, result.failed_moves)
         self.scheduler.count_lost(lost)
+        self._note_times(step, result)
         now = self._clock.monotonic()
         events = []
         for turn in step.turns:
@@ -251,6 +278,16 @@ class EngineCore:
                 self.finish(turn, reason, turn.num_generated)
             events.append(TokenEvent(turn, token_id, reason, result.logprobs.get(turn.row)))
         return events
+
+    def _note_times(self, step: Step, result: StepResult) -> None:
+        """What the step took of each turn's time to its first token."""
+        num_loads, num_tokens = max(1, len(step.plan.loads)), max(1, step.plan.num_tokens)
+        for share in step.shares:
+            turn = share.turn
+            if turn.first_token_s is None:
+                turn.reload_s += result.load_s * share.num_loads / num_loads
+                turn.recompute_s += result.seconds * share.num_again / num_tokens
+                turn.prefill_s += result.seconds * share.num_new / num_tokens
 
     def step(self) -> list[TokenEvent] | None:
         """The three in a row; None if there was nothing to do."""

@@ -55,6 +55,20 @@ def tokens_of(turns: Iterable[TurnRecord]) -> "array[int]":
     return tokens
 
 
+def num_computed(turns: Iterable[TurnRecord]) -> int:
+    """How many of the first tokens of the history that `turns` make some turn has computed: all that a reply
+    attended to.  What was appended, or cancelled before its reply began, counts with the next that has one.
+    """
+    computed = 0
+    for turn in turns:
+        computed = min(computed, turn.first_token)
+        end = turn.first_token + len(turn.prompt_ids) + len(turn.reply_ids)
+        num_said = turn.usage.completion_tokens  # when it was committed; the reply may have been cut since
+        if num_said:
+            computed = min(end, turn.first_token + len(turn.prompt_ids) + num_said - 1)
+    return computed
+
+
 def cut_at(name: ConversationId, spans: Sequence[Span], point: Point | None) -> Cut:
     """The cut that `point` means in the history of `name`; None is its end.  InvalidRequest says which points
     there are.

@@ -62,6 +62,7 @@ MIGRATIONS: Sequence[Migration] = (
         "ALTER TABLE conversations ADD COLUMN parent TEXT",
         "ALTER TABLE conversations ADD COLUMN forked_at INTEGER NOT NULL DEFAULT 0",
     ),
+    (),  # usage and timing have more fields, which older versions would not know
 )
 
 

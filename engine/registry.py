@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from engine.core import EngineCore
 from engine.errors import Conflict, NotFound
-from engine.history import tokens_of
+from engine.history import num_computed, tokens_of
 from engine.live import LiveConversation
 from engine.token_log import TokenLog
 from engine.types import ConversationId, ConversationRecord, Tenant, TurnRecord
@@ -62,12 +62,11 @@ class Registry:
             raise not_found(id)
         return found
 
-    def new(
-        self, record: ConversationRecord, turns: Sequence[TurnRecord] = (), *, was_computed: bool = True
-    ) -> LiveConversation:
-        """A conversation that nobody finds yet; `was_computed` says whether its tokens ever were."""
-        tokens = tokens_of(turns)
-        core = self._core.new_conversation(record.id, record.tenant, tokens, was_computed=was_computed)
+    def new(self, record: ConversationRecord, turns: Sequence[TurnRecord] = ()) -> LiveConversation:
+        """A conversation that nobody finds yet."""
+        core = self._core.new_conversation(
+            record.id, record.tenant, tokens_of(turns), num_computed=num_computed(turns)
+        )
         live = LiveConversation(record, core, {turn.turn_id: turn.digest for turn in turns}, record.seq_mark)
         live.knows_past = not turns
         live.history_rewritten = bool(turns) and turns[-1].history_rewritten

@@ -10,17 +10,28 @@ them, in slots that are free.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from engine.batch import RowParams, Segment, StepPlan
 from engine.cache.block import Block, Copy
 from engine.cache.manager import KVCacheManager, Run, Scheduled, Write
+from engine.computed import Miss
 from engine.conversation import Conversation, Turn, TurnState
-from engine.types import Usage
+from engine.types import RunState, Usage
 
 RESERVED_SHARE = 0.1
 """Of the slots, kept for turns that run already; nothing is admitted into it (Pensieve, section 4.3.2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a step does for a turn that has no token yet."""
+
+    turn: Turn
+    num_again: int  # positions that were computed before
+    num_new: int  # and others
+    num_loads: int  # blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +43,7 @@ class Step:
     blocks: tuple[Block, ...]  # pinned while it runs
     writes: tuple[Write, ...]
     copies: tuple[Copy, ...] = ()
+    shares: tuple[Share, ...] = ()
 
 
 class Scheduler:
@@ -39,6 +51,7 @@ class Scheduler:
         self.manager = manager
         self.max_step_tokens = max_step_tokens
         self.max_concurrent = max_concurrent
+        self.on_state: Callable[[Turn, RunState, Usage | None], None] = lambda turn, state, found: None
         self.waiting: deque[Turn] = deque()
         self.running: list[Turn] = []  # in order of arrival
         self._idle: dict[Conversation, int] = {}  # to be computed ahead -> row of its segments
@@ -104,7 +117,8 @@ class Scheduler:
         stores = tuple(copy.move for copy in copies if not copy.is_load)
         loads = tuple(copy.move for copy in copies if copy.is_load)
         plan = StepPlan(self._num_steps, tuple(parts.segments), stores, loads)
-        return Step(plan, tuple(parts.turns), blocks, tuple(parts.writes), copies)
+        shares = self._shares(parts, {move.device_slot for move in loads})
+        return Step(plan, tuple(parts.turns), blocks, tuple(parts.writes), copies, shares)
 
     def count_lost(self, copies: Sequence[Copy]) -> None:
         """The KV of these copies' blocks was lost on its way: the turns that counted on it compute it."""
@@ -117,6 +131,7 @@ class Scheduler:
                     turn.usage,
                     cached_host_tokens=turn.usage.cached_host_tokens - num_lost,
                     recomputed_tokens=turn.usage.recomputed_tokens + num_lost,
+                    evicted_tokens=turn.usage.evicted_tokens + num_lost,
                 )
 
     # -- private
@@ -134,30 +149,62 @@ class Scheduler:
         turn.state = TurnState.RUNNING
         at = next((i for i, other in enumerate(self.running) if other.row > turn.row), len(self.running))
         self.running.insert(at, turn)
+        found = self._usage(turn)
         if turn.usage is None:
             turn.started_s = now
-            turn.usage = self._usage(turn)
+            turn.usage, turn.num_known = found, conversation.computed.num_tokens
+        self.on_state(turn, RunState.RUNNING, found)
 
     def _usage(self, turn: Turn) -> Usage:
-        """The last token is computed in any case: its logits choose the reply's first."""
-        conversation, table = turn.conversation, turn.conversation.table
-        num_cached, num_reloadable = self.manager.num_cached, self.manager.num_reloadable
-        prompt, history = len(conversation.tokens), conversation.num_computed
-        device, host = num_cached(table, prompt - 1), num_reloadable(table, prompt - 1)
-        past = min(history, prompt - 1)
-        recomputed = history - num_cached(table, past) - num_reloadable(table, past)
+        """Where all that the turn holds by now is found.  The last token is computed in any case: its logits
+        choose the next.
+        """
+        computed, table, manager = turn.conversation.computed, turn.conversation.table, self.manager
+        num_tokens = len(turn.conversation.tokens)
+        device = manager.num_cached(table, num_tokens - 1)
+        host = manager.num_reloadable(table, num_tokens - 1)
+        misses = computed.misses(
+            num_tokens,
+            turn.first_token,
+            lambda n: manager.num_cached(table, n) + manager.num_reloadable(table, n),
+        )
+        num_new = misses[Miss.NEW] + misses[Miss.NEVER_COMPUTED]
         return Usage(
-            prompt_tokens=prompt,
+            prompt_tokens=num_tokens,
+            completion_tokens=turn.num_generated,
             cached_device_tokens=device,
             cached_host_tokens=host,
-            recomputed_tokens=recomputed,
-            new_tokens=prompt - device - host - recomputed,
+            recomputed_tokens=misses.total() - num_new,
+            new_tokens=num_new,
+            evicted_tokens=misses[Miss.EVICTED],
+            restart_tokens=misses[Miss.RESTART],
+            rewritten_tokens=misses[Miss.REWRITTEN],
+            cut_tokens=misses[Miss.CUT],
+            never_computed_tokens=misses[Miss.NEVER_COMPUTED],
         )
+
+    def _shares(self, parts: "_Parts", loaded: set[int]) -> tuple[Share, ...]:
+        """`loaded` are the slots that the step fills from the host."""
+        shares = []
+        for turn in self.running:
+            if turn.first_token_s is not None:
+                continue
+            num_loads = 0
+            if loaded:
+                slots = self.manager.slots(turn.conversation.table, len(turn.conversation.tokens))
+                num_loads = len(loaded.intersection(slots))
+            runs = parts.runs.get(turn, ())
+            again = sum(max(0, min(turn.num_known, run.first + run.length) - run.first) for run in runs)
+            num_tokens = sum(run.length for run in runs)
+            if num_tokens or num_loads:
+                shares.append(Share(turn, again, num_tokens - again, num_loads))
+        return tuple(shares)
 
     def _suspend(self, turn: Turn, now: float) -> None:
         self._stop(turn, now)
         turn.state, turn.caught_up = TurnState.WAITING, False
         self.waiting.appendleft(turn)
+        self.on_state(turn, RunState.PAUSED if turn.paused else RunState.SUSPENDED, None)
 
     def _stop(self, turn: Turn, now: float) -> None:
         self.running.remove(turn)
@@ -165,7 +212,7 @@ class Scheduler:
 
     def _deactivate(self, conversation: Conversation, now: float) -> None:
         reached = self.manager.num_cached(conversation.table, len(conversation.tokens))
-        conversation.num_computed = max(conversation.num_computed, reached)
+        conversation.computed.compute(reached)
         self.manager.deactivate(conversation.table, now)
 
     def _add(self, parts: "_Parts", turn: Turn, now: float) -> None:
@@ -198,7 +245,7 @@ class Scheduler:
             # last position is computed once more, which writes what is there already.
             runs = [Run(end - 1, 1)]
             parts.num_tokens += 1
-        parts.in_plan.add(turn)
+        parts.runs[turn] = runs
         draw = None
         if runs[-1].first + runs[-1].length == end:
             draw = RowParams(
@@ -257,7 +304,7 @@ class Scheduler:
         compute.
         """
         for other in reversed(self.running):
-            if other is not turn and other not in parts.in_plan and (other.row > turn.row or other.paused):
+            if other is not turn and other not in parts.runs and (other.row > turn.row or other.paused):
                 return other
         return None
 
@@ -270,5 +317,5 @@ class _Parts:
         self.turns: list[Turn] = []
         self.writes: list[Write] = []
         self.blocks: dict[Block, None] = {}
-        self.in_plan: set[Turn] = set()
+        self.runs: dict[Turn, Sequence[Run]] = {}
         self.num_tokens = 0

@@ -58,6 +58,14 @@ class Message:
     tool_calls: tuple[str, ...] = ()  # of an assistant message that comes from elsewhere; JSON objects
 
 
+class RunState(Enum):
+    """What becomes of a turn between its acceptance and its end."""
+
+    RUNNING = 1  # it is computed, or goes on being computed
+    SUSPENDED = 2  # other turns need its memory; it goes on by itself
+    PAUSED = 3  # other turns run while its reader is behind
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen.  `None` means not set: `over` fills it from the next default in line."""
@@ -122,9 +130,10 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Where the tokens of one turn's prompt came from.  `prompt` = `cached_device` + `cached_host`
-    + `recomputed` + `new`.
+    + `recomputed` + `new`, and `recomputed` = `evicted` + `restart` + `rewritten` + `cut`.
 
-    Of an appended turn only what it added counts, as new: nothing has attended to the history yet.
+    Of an appended turn only what it added counts, as new: nothing has attended to the history yet.  Turns
+    that were logged before there were reasons have none.
     """
 
     prompt_tokens: int = 0  # everything the reply attended to when it began: history + new
@@ -133,15 +142,27 @@ class Usage:
     cached_host_tokens: int = 0  # copied back from the host tier
     recomputed_tokens: int = 0  # history that had to be computed again
     new_tokens: int = 0  # never computed before
+    evicted_tokens: int = 0  # recomputed: given up for others since they were computed, or a copy failed
+    restart_tokens: int = 0  # recomputed: computed before the conversation came (back) into memory
+    rewritten_tokens: int = 0  # recomputed: history that stands in other words now
+    cut_tokens: int = 0  # recomputed: of a block cut by rewinding or by another reply; and its last token
+    never_computed_tokens: int = 0  # new: history that was given or appended, and no turn attended to
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds.  `ttft` is from acceptance to the first sampled token, measured at the server."""
+    """Seconds.  `ttft` is from acceptance to the first sampled token, measured at the server.
+
+    It is `queue` + `reload` + `recompute` + `prefill` + what the turn waited for besides: what its steps did
+    for others, and suspensions.  A step's seconds are shared out among the positions that it computes.
+    """
 
     queue_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0
+    reload_s: float = 0.0  # copies of its blocks from the host
+    recompute_s: float = 0.0  # history that was computed again
+    prefill_s: float = 0.0  # what was new
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +179,17 @@ class TurnAccepted(ConversationEvent):
     turn_id: TurnId
     queue_position: int  # 0 = runs at once
     restarted: bool = False  # discard what was shown of an earlier attempt at this turn
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged(ConversationEvent):
+    """Told as it happens, and not again once the turn is done."""
+
+    turn_id: TurnId
+    state: RunState
+    found: "Usage | None" = (
+        None  # with RUNNING: where the KV of all it holds by now, reply included, was found
+    )
 
 
 @dataclass(frozen=True, slots=True)

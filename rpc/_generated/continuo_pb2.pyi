@@ -438,30 +438,46 @@ class Closed(_message.Message):
     def __init__(self, deleted: bool = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "cached_device_tokens", "cached_host_tokens", "recomputed_tokens", "new_tokens")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_device_tokens", "cached_host_tokens", "recomputed_tokens", "new_tokens", "evicted_tokens", "restart_tokens", "rewritten_tokens", "cut_tokens", "never_computed_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESTART_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REWRITTEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEVER_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     cached_device_tokens: int
     cached_host_tokens: int
     recomputed_tokens: int
     new_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., cached_host_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ...) -> None: ...
+    evicted_tokens: int
+    restart_tokens: int
+    rewritten_tokens: int
+    cut_tokens: int
+    never_computed_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., cached_host_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., evicted_tokens: _Optional[int] = ..., restart_tokens: _Optional[int] = ..., rewritten_tokens: _Optional[int] = ..., cut_tokens: _Optional[int] = ..., never_computed_tokens: _Optional[int] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_s", "ttft_s", "total_s")
+    __slots__ = ("queue_s", "ttft_s", "total_s", "reload_s", "recompute_s", "prefill_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_S_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     ttft_s: float
     total_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
+    reload_s: float
+    recompute_s: float
+    prefill_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., reload_s: _Optional[float] = ..., recompute_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
 class Conversation(_message.Message):
     __slots__ = ("conversation_id", "system", "sampling", "labels", "created_at", "updated_at", "num_turns", "num_tokens", "fingerprint", "tools", "on_rewrite", "parent_id", "forked_at")

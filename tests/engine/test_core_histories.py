@@ -135,7 +135,7 @@ class Histories(RuleBasedStateMachine):
             kept.extend(tokens)
         self.core.rewind(conversation, kept)
         assert conversation.tokens == kept and conversation.num_committed == len(kept)
-        assert conversation.num_computed <= len(kept)
+        assert conversation.computed.num_tokens <= len(kept)
         lost = num_cached - self.num_kept(conversation, len(kept))
         assert lost < BLOCK_SIZE, "more KV was given up than the last block's"
 
@@ -228,7 +228,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def no_history_counts_more_computed_than_known(self) -> None:
         for conversation in self.conversations:
-            assert 0 <= conversation.num_computed <= len(conversation.tokens)
+            assert 0 <= conversation.computed.num_tokens <= len(conversation.tokens)
             assert conversation.table.num_tokens == len(conversation.tokens)
 
     @invariant()

@@ -241,7 +241,7 @@ def test_a_file_of_a_newer_program_is_refused_and_keeps_its_lock_free(
     TokenLog.open(tmp_path, clock=clock, migrations=newer).close()
     for _ in range(2):
         with pytest.raises(
-            DataDirError, match=r"schema version 3 and this program knows up to 2; run the newer"
+            DataDirError, match=r"schema version 4 and this program knows up to 3; run the newer"
         ):
             TokenLog.open(tmp_path, clock=clock)
     TokenLog.open(tmp_path, clock=clock, migrations=newer).close()
