@@ -24,6 +24,8 @@ class EngineConfig:
     host_kv_tokens: int | None = None  # KV that leaves the device is kept there; None or 0: no host tier
     host_kv_bytes: int | None = None
     policy: Literal["retention", "lru", "lru-tail"] = "retention"  # which idle KV leaves first
+    profile: Path | None = None  # costs that `continuo profile` measured; must fit this model and machine
+    profile_dir: Path | None = None  # where such a file may lie under its own name; None: nowhere
     verify_reloads: bool = False  # checksums of what is on the host; a mismatch is computed again
     max_step_tokens: int = 512
     max_concurrent: int = 32  # turns computed at once
@@ -53,6 +55,8 @@ class EngineConfig:
             raise ConfigError("give the host KV size in tokens or in memory, not both")
         if min(self.host_kv_tokens or 0, self.host_kv_bytes or 0) < 0:
             raise ConfigError("the host KV size is negative; 0 is no host tier")
+        if self.profile is not None and self.verify_reloads:
+            raise ConfigError("a profile knows nothing of checksums: leave out --profile or --verify-reloads")
         for name in ("max_step_tokens", "max_concurrent", "max_queue", "max_conversations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")

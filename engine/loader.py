@@ -2,29 +2,33 @@
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from engine.async_engine import AsyncEngine
 from engine.cache.block_pool import BlockPool
+from engine.cache.costs import CostTable
 from engine.cache.kv_store import HostStore, KVStore
 from engine.cache.manager import KVCacheManager
 from engine.cache.policy import policy_named
-from engine.cache.transfer import SyncTransfer
+from engine.cache.transfer import SyncTransfer, TransferEngine
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.errors import ModelFolderError
+from engine.cost_profile import Profile, Subject, processor, read_profile
+from engine.errors import ConfigError, ModelFolderError
 from engine.kv_sizes import KVSizes
 from engine.memory import available_bytes
 from engine.model_runner import ModelRunner
 from engine.models import load_model
 from engine.models.config import ModelConfig
 from engine.models.dtype import default_dtype
-from engine.profile import measured_costs
+from engine.profile import QUICK, THOROUGH, Profiler
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.text.tokenizer import Tokenizer
@@ -33,7 +37,10 @@ from engine.token_log import TokenLog
 from engine.types import Clock, Limits, ModelInfo, SamplingParams
 from kernels import __version__, dispatch
 
+_logger = logging.getLogger(__name__)
+
 MAX_MESSAGE_BYTES = 64 << 20
+HOST_BLOCKS_TO_PROFILE = 256  # copies go through so many, so that caches hold few of them
 GREEDY = SamplingParams(
     temperature=0.0,
     top_k=0,
@@ -78,22 +85,16 @@ def load_engine(config: EngineConfig, clock: Clock | None = None) -> AsyncEngine
 def _build(
     config: EngineConfig, clock: Clock, model: ModelConfig, tokenizer: Tokenizer, log: TokenLog
 ) -> AsyncEngine:
-    dtype = default_dtype("cpu") if config.dtype == "auto" else getattr(torch, config.dtype)
-    threads = config.threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    decoder = load_model(config.model, dtype)
-    size = config.block_size
-    kv = KVSizes.of(config, _bytes_per_token(model, dtype), available_bytes())
-    context_tokens = min(model.max_positions, (kv.num_blocks - 1) * size)
-    store = KVStore(model.num_layers, kv.num_blocks, model.num_kv_heads, size, model.head_dim, dtype)
+    parts = _load_parts(config, model, tokenizer)
+    kv, size = parts.kv, config.block_size
     transfer = None
     if kv.num_host_blocks:
-        transfer = SyncTransfer(store, HostStore(store, kv.num_host_blocks), verify=config.verify_reloads)
-    sampler = Sampler(model.vocab_size, model.eos_ids)
-    runner = ModelRunner(decoder, store, sampler, size)
-    costs = None
+        host = HostStore(parts.store, kv.num_host_blocks)
+        transfer = SyncTransfer(parts.store, host, verify=config.verify_reloads)
+    costs, costs_line = None, ""
     if config.policy == "retention" or transfer is not None:
-        costs = measured_costs(runner, transfer, kv, size, context_tokens)
+        costs, origin = _costs(config, parts, transfer, clock.wall())
+        costs_line = f" | costs {origin}"
     manager = KVCacheManager(
         BlockPool(kv.num_blocks),
         size,
@@ -102,23 +103,25 @@ def _build(
         costs,
     )
     scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent)
-    core = EngineCore(manager, scheduler, runner, clock, model.eos_ids, context_tokens, transfer)
+    core = EngineCore(manager, scheduler, parts.runner, clock, model.eos_ids, parts.context_tokens, transfer)
+    subject = parts.subject
     info = ModelInfo(
         name=config.name or config.model.resolve().name,
         version=__version__,
-        fingerprint=fingerprint(config.model, tokenizer),
+        fingerprint=subject.model,
         architecture=model.architecture,
-        dtype=str(dtype).removeprefix("torch."),
-        device="cpu",
+        dtype=subject.dtype,
+        device=subject.device,
         vocab_size=model.vocab_size,
         eos_token_ids=tuple(sorted(model.eos_ids)),
         has_chat_template=tokenizer.chat_template is not None,
-        limits=Limits(context_tokens, config.max_concurrent, config.max_queue, MAX_MESSAGE_BYTES),
+        limits=Limits(parts.context_tokens, config.max_concurrent, config.max_queue, MAX_MESSAGE_BYTES),
     )
+    threads = subject.threads
     description = (
         f"continuo {__version__} | {info.name} ({model.architecture.removesuffix('ForCausalLM')}, "
-        f"{model.num_layers} layers, context {context_tokens:,})",
-        f"device cpu, {threads} thread{'s' * (threads > 1)} | {info.dtype}",
+        f"{model.num_layers} layers, context {parts.context_tokens:,})",
+        f"device {subject.device}, {threads} thread{'s' * (threads > 1)} | {info.dtype}{costs_line}",
         kv.describe(size),
         f"data dir {config.data_dir}"
         if config.data_dir
@@ -129,13 +132,91 @@ def _build(
         core,
         log,
         TextService(tokenizer),
-        sampler,
+        parts.sampler,
         clock,
         info,
         model.sampling.over(GREEDY),
         _thread_setup(threads),
         (*description, f"attention {dispatch.describe()}"),
     )
+
+
+def profile_model(config: EngineConfig, on_position: Callable[[int], None]) -> Profile:
+    """Measures what `load_engine` with these settings would use, in memory of its own.  Takes a while.
+
+    Raises ModelFolderError or ConfigError.
+    """
+    parts = _load_parts(config, ModelConfig.from_dir(config.model), Tokenizer.from_dir(config.model))
+    load_average, begun = os.getloadavg()[0], time.time()
+    room = (available_bytes() - parts.kv.num_blocks * parts.kv.bytes_per_block) // parts.kv.bytes_per_block
+    num_host_blocks = max(1, min(HOST_BLOCKS_TO_PROFILE, parts.kv.num_blocks, room))
+    transfer = SyncTransfer(parts.store, HostStore(parts.store, num_host_blocks))
+    costs = parts.profiler(config, transfer, num_host_blocks).measure(THOROUGH, on_position)
+    return Profile(parts.subject, int(begun), load_average, costs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What computes."""
+
+    kv: KVSizes
+    store: KVStore
+    runner: ModelRunner
+    sampler: Sampler
+    context_tokens: int
+    subject: Subject
+
+    def profiler(
+        self, config: EngineConfig, transfer: TransferEngine | None, num_host_blocks: int
+    ) -> Profiler:
+        return Profiler(
+            self.runner, self.store, transfer, num_host_blocks, config.block_size, self.context_tokens
+        )
+
+
+def _load_parts(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> _Parts:
+    dtype = default_dtype("cpu") if config.dtype == "auto" else getattr(torch, config.dtype)
+    threads = config.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    decoder = load_model(config.model, dtype)
+    size = config.block_size
+    kv = KVSizes.of(config, _bytes_per_token(model, dtype), available_bytes())
+    store = KVStore(model.num_layers, kv.num_blocks, model.num_kv_heads, size, model.head_dim, dtype)
+    sampler = Sampler(model.vocab_size, model.eos_ids)
+    subject = Subject(
+        model=fingerprint(config.model, tokenizer),
+        device="cpu",
+        dtype=str(dtype).removeprefix("torch."),
+        threads=threads,
+        block_size=size,
+        machine=processor(),
+        kernels=dispatch.describe(),
+        version=__version__,
+    )
+    context_tokens = min(model.max_positions, (kv.num_blocks - 1) * size)
+    return _Parts(kv, store, ModelRunner(decoder, store, sampler, size), sampler, context_tokens, subject)
+
+
+def _costs(
+    config: EngineConfig, parts: _Parts, transfer: TransferEngine | None, now: float
+) -> tuple[CostTable, str]:
+    """From a profile, or else measured now, and where they come from, for people.  Raises ConfigError if the
+    profile that was asked for does not hold here; one that was merely found is not used then.
+    """
+    path = config.profile
+    found = config.profile_dir and config.profile_dir / parts.subject.file_name
+    if path is None and found and found.exists() and not config.verify_reloads:
+        path = found
+    if path is not None:
+        try:
+            profile = read_profile(path, parts.subject)
+            return profile.costs.table(), f"profiled {profile.age(now)}"
+        except ConfigError as error:
+            if config.profile is not None:
+                raise
+            _logger.warning("%s; until then costs are measured quickly at each start", error)
+    measured = parts.profiler(config, transfer, parts.kv.num_host_blocks).measure(QUICK)
+    return measured.table(), "measured quickly at start"
 
 
 def _thread_setup(threads: int) -> Callable[[], None]:

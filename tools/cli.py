@@ -79,6 +79,7 @@ def _parser() -> Parser:
     _declare_chat(commands.add_parser)
     _declare_generate(commands.add_parser)
     _declare_top(commands.add_parser)
+    _declare_profile(commands.add_parser)
     return parser
 
 
@@ -108,6 +109,13 @@ def _declare_serve(add_command: Callable[..., Parser]) -> None:
         default="retention",
         help="which idle KV leaves first: what costs least to compute again per second idle, or what was "
         "used longest ago, from its beginning or from its end (retention)",
+    )
+    add(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="costs that `continuo profile` measured (the one it keeps for this model and machine, if there "
+        "is one, else a quick measurement)",
     )
     add(
         "--verify-reloads",
@@ -257,6 +265,24 @@ def _declare_generate(add_command: Callable[..., Parser]) -> None:
     _declare_engine(parser)
 
 
+def _declare_profile(add_command: Callable[..., Parser]) -> None:
+    parser = add_command(
+        "profile",
+        help="measure what KV costs on this machine",
+        description="Measures what it costs to compute a block of KV and to copy it between the tiers, for "
+        "this model on this machine. `continuo serve` finds the result by itself.",
+        epilog="Leave the machine idle meanwhile.",
+    )
+    _declare_model(parser)
+    _declare_engine(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write it there instead of where `serve` looks (${XDG_CACHE_HOME:-~/.cache}/continuo/profiles)",
+    )
+
+
 def _declare_caller(add: Callable[..., Any]) -> None:
     add("--token-file", type=Path, metavar="FILE", help="holds your bearer token, and nothing else")
     add("--tls-ca", type=Path, metavar="FILE", help="use TLS and trust this certificate authority (PEM)")
@@ -309,6 +335,8 @@ def _use_environment(chosen: argparse.Namespace) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what matters reaches us as errors; the rest is noise
     if "data_dir" in chosen:
         chosen.data_dir = data_dir(chosen.data_dir)
+    if chosen.command in ("serve", "profile"):
+        chosen.profile_dir = _home("XDG_CACHE_HOME", ".cache") / "profiles"
     if getattr(chosen, "revision", None) and not isinstance(chosen.model, str):
         raise argparse.ArgumentTypeError("--revision goes with a hub id like org/name, not with a folder")
     if "threads" in chosen:
@@ -327,8 +355,13 @@ def data_dir(text: str | None) -> Path | None:
         return None
     if text is not None:
         return Path(text).expanduser().absolute()
-    state = Path(os.environ.get("XDG_STATE_HOME", ""))
-    return (state if state.is_absolute() else Path.home() / ".local" / "state") / "continuo"
+    return _home("XDG_STATE_HOME", ".local/state")
+
+
+def _home(variable: str, default: str) -> Path:
+    """The folder for files of ours that `variable` decides; `default` is below the user's home."""
+    named = Path(os.environ.get(variable, ""))
+    return (named if named.is_absolute() else Path.home() / default) / "continuo"
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def engine_config(chosen: Namespace) -> EngineConfig:
         host_kv_tokens=chosen.host_kv_tokens,
         host_kv_bytes=chosen.host_kv_memory,
         policy=chosen.policy,
+        profile=chosen.profile,
+        profile_dir=chosen.profile_dir,
         verify_reloads=chosen.verify_reloads,
         max_step_tokens=chosen.max_step_tokens,
         max_concurrent=chosen.max_concurrent,

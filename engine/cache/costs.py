@@ -2,12 +2,13 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 
 
 class CostTable:
-    """`compute_s` holds seconds to compute one block that ends at so many tokens, measured at a few positions
-    (powers of two); `load_s` are the seconds to copy one block from the host.
+    """`compute_s` holds seconds to compute one block of several that end at so many tokens, measured at a few
+    positions (powers of two); `load_s` are the seconds to copy one block of several from the host.
 
     Between measurements costs are interpolated, beyond the last one they go on as between the last two.  A
     later block never costs less than an earlier one: it attends to more.
@@ -29,9 +30,22 @@ class CostTable:
         return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredCosts:
+    """Seconds per block as they were measured.  The copies are empty where there is no host tier."""
+
+    compute_s: Mapping[int, float]  # by the position at which a few blocks, computed together, end
+    load_s: Mapping[int, float]  # host to device, by the number of blocks copied at once
+    store_s: Mapping[int, float]  # device to host
+    spread: float  # how far the median of the repeats lies above the least, at worst, as a share of it
+
+    def table(self) -> CostTable:
+        return CostTable(self.compute_s, self.load_s[max(self.load_s)] if self.load_s else 0.0)
+
+
 def reload_is_cheaper(costs: CostTable, end: int, share: float) -> bool:
     """Whether to copy a block that ends at token `end`, of which `share` is on the host, rather than to
-    compute that part again.  Neither way has costs that a run of blocks would share, so each block decides
-    for itself.
+    compute that part again.  Both costs are of a block among others, which what they share has been divided
+    among, so each block decides for itself.
     """
     return costs.load_s <= costs.compute_s(end) * share

@@ -1,13 +1,20 @@
 """An engine as its settings ask for it, over a tiny random model."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from engine import loader
+from engine.async_engine import AsyncEngine
+from engine.cache.costs import CostTable
+from engine.cache.policy import policy_named
 from engine.config import EngineConfig
+from engine.cost_profile import Profile, write_profile
 from engine.errors import ConfigError, ModelFolderError
-from engine.loader import load_engine
+from engine.loader import load_engine, profile_model
+from engine.profile import Profiler
 from tools.random_model import write_random_model
 
 TINY = {
@@ -61,3 +68,100 @@ def test_an_engine_that_was_refused_lets_go_of_its_data_dir(config: EngineConfig
 def test_a_folder_that_is_no_model_says_what_it_lacks(config: EngineConfig, tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="has no config.json"):
         load_engine(replace(config, model=tmp_path))
+
+
+# -- costs
+
+
+@pytest.fixture(scope="module")
+def profile(config: EngineConfig) -> Profile:
+    return profile_model(config, lambda end: None)
+
+
+def costs_told(engine: AsyncEngine) -> str:
+    return engine.description[1].rpartition(" | ")[2]
+
+
+async def test_without_a_profile_costs_are_measured_within_a_second_or_so(config: EngineConfig) -> None:
+    begun = time.perf_counter()
+    async with load_engine(replace(config, host_kv_tokens=256)) as engine:
+        assert time.perf_counter() - begun < 5.0
+        assert costs_told(engine) == "costs measured quickly at start"
+
+
+async def test_a_profile_is_found_used_and_told_with_its_age(
+    config: EngineConfig, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = replace(profile, measured_at=profile.measured_at - 3 * 86400)
+    write_profile(old, tmp_path / profile.subject.file_name)
+    monkeypatch.setattr(Profiler, "measure", None)  # nothing is measured
+    used: list[CostTable] = []
+    monkeypatch.setattr(
+        loader, "policy_named", lambda name, costs: used.append(costs) or policy_named(name, costs)
+    )
+    for settings in ({"profile_dir": tmp_path}, {"profile": tmp_path / profile.subject.file_name}):
+        async with load_engine(replace(config, host_kv_tokens=256, **settings)) as engine:  # type: ignore[arg-type]
+            assert costs_told(engine) == "costs profiled 3 days ago"
+        for end, seconds in profile.costs.compute_s.items():
+            assert used[-1].compute_s(end) >= seconds > 0
+        assert used[-1].load_s == profile.costs.load_s[max(profile.costs.load_s)]
+
+
+async def test_a_profile_that_was_found_and_is_damaged_is_named_and_not_used(
+    config: EngineConfig, profile: Profile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / profile.subject.file_name
+    write_profile(profile, path)
+    path.write_bytes(path.read_bytes()[:100])
+    async with load_engine(replace(config, profile_dir=tmp_path)) as engine:
+        assert costs_told(engine) == "costs measured quickly at start"
+    (warning,) = caplog.messages
+    assert warning == (
+        f"the profile {path} is of no use: it is damaged; measure again with `continuo profile`; "
+        "until then costs are measured quickly at each start"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"threads": 77}, "is of threads 77, and this is "),
+        ({"model": "fedcba9876543210"}, "is of model fedcba9876543210, and this is "),
+        (None, "is of no use: it is damaged"),
+    ],
+)
+def test_a_profile_that_was_asked_for_and_does_not_hold_here_is_refused(
+    config: EngineConfig, profile: Profile, tmp_path: Path, changes: dict[str, object] | None, complaint: str
+) -> None:
+    path = tmp_path / "mine.json"
+    write_profile(replace(profile, subject=replace(profile.subject, **(changes or {}))), path)  # type: ignore[arg-type]
+    if changes is None:
+        path.write_text("?")
+    with pytest.raises(ConfigError, match=f"the profile {path} {complaint}"):
+        load_engine(replace(config, profile=path))
+
+
+def test_a_profile_that_is_not_there_is_refused_if_it_was_asked_for(
+    config: EngineConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="none.json cannot be read: No such file or directory"):
+        load_engine(replace(config, profile=tmp_path / "none.json"))
+
+
+async def test_copies_with_checksums_are_measured_not_looked_up(
+    config: EngineConfig, profile: Profile, tmp_path: Path
+) -> None:
+    write_profile(profile, tmp_path / profile.subject.file_name)
+    verified = replace(config, profile_dir=tmp_path, host_kv_tokens=256, verify_reloads=True)
+    async with load_engine(verified) as engine:
+        assert costs_told(engine) == "costs measured quickly at start"
+    with pytest.raises(ConfigError, match="leave out --profile or --verify-reloads"):
+        replace(verified, profile=tmp_path / "mine.json")
+
+
+async def test_where_nothing_depends_on_costs_none_are_measured(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Profiler, "measure", None)
+    async with load_engine(replace(config, policy="lru")) as engine:
+        assert "costs" not in engine.description[1]

@@ -31,8 +31,9 @@ def command(*arguments: object) -> list[str]:
 
 @pytest.fixture
 def environment(tmp_path) -> dict[str, str]:
-    """Of a user whose state directory is the test's own."""
-    return {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state"), "OMP_NUM_THREADS": "1"}
+    """Of a user whose state and profiles are the test's own."""
+    homes = {"XDG_STATE_HOME": str(tmp_path / "state"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    return {**os.environ, **homes, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture

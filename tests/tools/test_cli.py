@@ -126,10 +126,12 @@ def test_help_is_there_at_once_without_torch():
     assert time.process_time() - begin < 0.3
 
 
-def test_every_setting_of_serve_reaches_the_engine(talking_model, tmp_path):
+def test_every_setting_of_serve_reaches_the_engine(monkeypatch, talking_model, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/c")
     flags = (
         "--device cpu --dtype bfloat16 --threads 3 --block-size 64 --device-kv-memory 1.5GiB "
-        f"--max-step-tokens 100 --max-concurrent 5 --max-queue 7 --stateless --data-dir {tmp_path}"
+        f"--max-step-tokens 100 --max-concurrent 5 --max-queue 7 --stateless --data-dir {tmp_path} "
+        "--profile costs.json"
     )
     chosen = cli._parser().parse_args(["serve", str(talking_model), *flags.split()])
     cli._use_environment(chosen)
@@ -143,6 +145,8 @@ def test_every_setting_of_serve_reaches_the_engine(talking_model, tmp_path):
         max_concurrent=5,
         max_queue=7,
         data_dir=tmp_path,
+        profile=Path("costs.json"),
+        profile_dir=Path("/var/c/continuo/profiles"),
         stateless=True,
         threads=3,
     )
