@@ -178,7 +178,7 @@ def test_what_serving_imports_is_declared_and_what_is_declared_is_imported():
     extras = project["optional-dependencies"]
     serving, developing = (
         {re.match(r"[\w-]+", line).group().lower() for line in lines}
-        for lines in (project["dependencies"] + extras["server"], extras["dev"])
+        for lines in (project["dependencies"] + extras["server"], extras["dev"] + extras["bench"])
     )
     distributions = packages_distributions()
     imported = set()

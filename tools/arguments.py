@@ -57,6 +57,26 @@ def some_seconds(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"{text!r} is not a share; give a number from 0 to 1")
+    return value
+
+
 def memory(text: str) -> int:
     """Bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-zA-Z]*)", text)

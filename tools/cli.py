@@ -16,12 +16,14 @@ from typing import Any, NoReturn
 from kernels import __version__
 from tools.arguments import (
     BUNDLED_MODEL,
+    above_zero,
     count,
     memory,
     model,
     model_folder,
     positive,
     seconds,
+    share,
     some_seconds,
     some_text,
     token_ids,
@@ -79,6 +81,7 @@ def _parser() -> Parser:
     _declare_chat(commands.add_parser)
     _declare_generate(commands.add_parser)
     _declare_top(commands.add_parser)
+    _declare_bench(commands.add_parser)
     _declare_profile(commands.add_parser)
     return parser
 
@@ -93,48 +96,8 @@ def _declare_serve(add_command: Callable[..., Parser]) -> None:
     _declare_model(parser)
     _declare_engine(parser)
 
-    group = parser.add_argument_group("idle KV")
-    add = group.add_mutually_exclusive_group().add_argument
-    add(
-        "--host-kv-tokens",
-        type=count,
-        metavar="N",
-        help="memory for KV that leaves the device tier; it is copied back when needed (0 = none)",
-    )
-    add("--host-kv-memory", type=memory, metavar="16GiB", help="the same in bytes")
-    add = group.add_argument
-    add(
-        "--policy",
-        choices=("retention", "lru", "lru-tail"),
-        default="retention",
-        help="which idle KV leaves first: what costs least to compute again per second idle, or what was "
-        "used longest ago, from its beginning or from its end (retention)",
-    )
-    add(
-        "--profile",
-        type=Path,
-        metavar="FILE",
-        help="costs that `continuo profile` measured (the one it keeps for this model and machine, if there "
-        "is one, else a quick measurement)",
-    )
-    add(
-        "--verify-reloads",
-        action="store_true",
-        help="keep checksums of KV on the host, and compute again what does not match",
-    )
-
-    add = parser.add_argument_group("load").add_argument
-    add(
-        "--max-step-tokens",
-        type=positive,
-        default=512,
-        metavar="N",
-        help="computed at once; longer prompts take several steps (512)",
-    )
-    add("--max-concurrent", type=positive, default=32, metavar="N", help="turns computed at once (32)")
-    add("--max-queue", type=positive, default=256, metavar="N", help="turns that may wait (256)")
-    add("--stateless", action="store_true", help="give the KV cache up after every turn, to compare")
-
+    _declare_idle_kv(parser)
+    _declare_load(parser)
     _declare_data_dir(parser.add_argument_group("state").add_argument)
 
     add = parser.add_argument_group(
@@ -235,6 +198,115 @@ def _declare_top(add_command: Callable[..., Parser]) -> None:
     add("--once", action="store_true", help="look once, at all since the server's start")
 
 
+def _declare_bench(add_command: Callable[..., Parser]) -> None:
+    parser = add_command(
+        "bench",
+        help="measure a server under multi-turn load",
+        description="Holds many conversations with a server over gRPC and measures what their clients see. "
+        "Without --server it starts one for every point, with the arguments of serve that are given.",
+        epilog="Progress goes to stderr, the table to stdout. What the figures mean is printed below it.",
+    )
+    where = parser.add_mutually_exclusive_group().add_argument
+    where("model", nargs="?", type=model, metavar="MODEL", help="as of serve (the bundled demo model)")
+    where("--server", metavar="HOST:PORT", help="measure the one that listens there")
+    where(
+        "--from",
+        dest="from_file",
+        type=Path,
+        metavar="FILE",
+        help="show a report of --json again, measure nothing",
+    )
+    _declare_caller(parser.add_argument)
+
+    add = parser.add_argument_group("what is said").add_argument
+    add(
+        "--workload",
+        nargs="+",
+        default=["chat"],
+        metavar=("KIND", "FILE"),
+        help="chat: short turns; agent: many turns, long inputs, short pauses; dialogues FILE: messages of "
+        "user and assistant; trace FILE: lengths and times, of Mooncake or of coding sessions (chat)",
+    )
+    add("--lengths", choices=("sharegpt", "ultrachat"), help="of chat: whose means (sharegpt)")
+    add("--scale", type=above_zero, metavar="X", help="multiply all lengths, as for a small machine (1)")
+    add("--time-scale", type=above_zero, metavar="X", help="multiply all times of a trace (1)")
+    add(
+        "--think-time",
+        type=above_zero,
+        metavar="S",
+        help="mean seconds between a reply and the next turn (60; else the workload's own)",
+    )
+    add("--cancel-rate", type=share, default=0.0, metavar="X", help="share of turns cancelled midway (0)")
+    add(
+        "--resume-rate",
+        type=share,
+        default=0.0,
+        metavar="X",
+        help="share of turns said after leaving the stream and coming back by id (0)",
+    )
+    add("--seed", type=count, default=0, metavar="N", help="the same seed says the same (0)")
+
+    add = parser.add_argument_group("how much").add_argument
+    add(
+        "--rates",
+        type=above_zero,
+        nargs="+",
+        metavar="R",
+        help="turns per second to be offered, one point each (1)",
+    )
+    add(
+        "--conversations",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="always so many, one point each; with --rates their think time follows",
+    )
+    add(
+        "--warmup",
+        type=seconds,
+        default=10.0,
+        metavar="S",
+        help="not measured, after the histories are filled (10)",
+    )
+    add("--duration", type=some_seconds, default=60.0, metavar="S", help="measured (60)")
+    add(
+        "--repeats",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="of the whole sweep, with other seeds; medians are told (1)",
+    )
+
+    add = parser.add_argument_group("what comes out").add_argument
+    add("--slo-ttft-ms", type=above_zero, metavar="X", help="limit for goodput")
+    add("--slo-tpot-ms", type=above_zero, metavar="X", help="limit for goodput")
+    add("--json", type=Path, metavar="FILE", help="everything measured, point by point")
+    add("--plots", type=Path, metavar="DIR", help="PNG files; they need matplotlib (the extra bench)")
+
+    parser.add_argument_group("servers that are started").add_argument(
+        "--compare",
+        nargs="+",
+        choices=("stateless", "device", "two-tier", "lru", "lru-tail"),
+        metavar="NAME",
+        help="take turns at every load: stateless, device (no host tier), two-tier, lru, lru-tail (two tiers "
+        "with that policy)",
+    )
+    _declare_for_serve(parser)
+
+
+def _declare_for_serve(parser: Parser) -> None:
+    """Those arguments of `serve` that say what a server is like, without defaults: what is not given
+    is absent."""
+    own = set(parser._actions)
+    _declare_hub(parser.add_argument)
+    _declare_engine(parser)
+    _declare_idle_kv(parser)
+    _declare_load(parser)
+    for action in parser._actions:
+        if action not in own:
+            action.default = argparse.SUPPRESS
+
+
 def _declare_generate(add_command: Callable[..., Parser]) -> None:
     parser = add_command(
         "generate",
@@ -321,6 +393,52 @@ def _declare_engine(parser: Parser) -> None:
     add("--device-kv-memory", type=memory, metavar="4GiB", help="the same in bytes")
 
 
+def _declare_idle_kv(parser: Parser) -> None:
+    group = parser.add_argument_group("idle KV")
+    add = group.add_mutually_exclusive_group().add_argument
+    add(
+        "--host-kv-tokens",
+        type=count,
+        metavar="N",
+        help="memory for KV that leaves the device tier; it is copied back when needed (0 = none)",
+    )
+    add("--host-kv-memory", type=memory, metavar="16GiB", help="the same in bytes")
+    add = group.add_argument
+    add(
+        "--policy",
+        choices=("retention", "lru", "lru-tail"),
+        default="retention",
+        help="which idle KV leaves first: what costs least to compute again per second idle, or what was "
+        "used longest ago, from its beginning or from its end (retention)",
+    )
+    add(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="costs that `continuo profile` measured (the one it keeps for this model and machine, if there "
+        "is one, else a quick measurement)",
+    )
+    add(
+        "--verify-reloads",
+        action="store_true",
+        help="keep checksums of KV on the host, and compute again what does not match",
+    )
+
+
+def _declare_load(parser: Parser) -> None:
+    add = parser.add_argument_group("load").add_argument
+    add(
+        "--max-step-tokens",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="computed at once; longer prompts take several steps (512)",
+    )
+    add("--max-concurrent", type=positive, default=32, metavar="N", help="turns computed at once (32)")
+    add("--max-queue", type=positive, default=256, metavar="N", help="turns that may wait (256)")
+    add("--stateless", action="store_true", help="give the KV cache up after every turn, to compare")
+
+
 def _declare_data_dir(add: Callable[..., Any]) -> None:
     add(
         "--data-dir",
@@ -339,7 +457,7 @@ def _use_environment(chosen: argparse.Namespace) -> None:
         chosen.profile_dir = _home("XDG_CACHE_HOME", ".cache") / "profiles"
     if getattr(chosen, "revision", None) and not isinstance(chosen.model, str):
         raise argparse.ArgumentTypeError("--revision goes with a hub id like org/name, not with a folder")
-    if "threads" in chosen:
+    if "threads" in chosen and chosen.command != "bench":
         chosen.model = chosen.model or model_folder(str(BUNDLED_MODEL))
         if chosen.dtype == "auto" and Path(chosen.model).resolve() == BUNDLED_MODEL:
             chosen.dtype = "float32"  # its every token is the same however the KV came about

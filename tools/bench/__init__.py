@@ -1,0 +1,70 @@
+"""`continuo bench`: multi-turn load over the gRPC stream, for several configurations side by side.
+
+workload    what is said: pools of scripts, after published statistics
+files       the same from dialogues and traces
+population  who talks when: Poisson arrivals or a fixed number, from the steady state on
+driver      holds the conversations, notes when what came
+generator   the process in which it does
+metrics     definitions and arithmetic
+plan        what the arguments ask for
+sweep       point by point, configurations taking turns at every load
+report      table and JSON; plots draws, progress tells how far it is
+"""
+
+import asyncio
+from argparse import Namespace
+from pathlib import Path
+
+from rpc.client import ContinuoError
+from tools.bench import plots, report
+from tools.bench.files import FileError
+from tools.bench.generator import NothingFits, Observed
+from tools.bench.plan import Plan, Point, plan
+from tools.bench.progress import Progressing
+from tools.bench.sweep import GeneratorFailed, sweep
+from tools.connection import UsageError
+from tools.server_process import ServerFailed
+
+EXPECTED: tuple[type[Exception], ...] = (
+    UsageError,
+    FileError,
+    ServerFailed,
+    GeneratorFailed,
+    ContinuoError,
+    NothingFits,
+    report.ReportError,
+)
+USAGE: tuple[type[Exception], ...] = (UsageError, FileError)
+
+
+def run(chosen: Namespace) -> int:
+    if chosen.from_file is not None:
+        _show(report.read(chosen.from_file), chosen.plots)
+        return 0
+    planned = plan(chosen)
+    if chosen.json is not None and not chosen.json.parent.is_dir():
+        raise UsageError(f"--json: there is no folder {chosen.json.parent}")
+    told = report.new_report(planned, chosen)
+    try:
+        asyncio.run(_sweep(planned, chosen, told))
+    finally:  # also of a sweep that was interrupted, or lost its server
+        if told["points"]:
+            _show(told, chosen.plots)
+    return 0
+
+
+async def _sweep(planned: Plan, chosen: Namespace, told: report.Report) -> None:
+    def on_point(point: Point, observed: Observed) -> None:
+        entry = report.add_point(told, planned, point, observed)
+        progress.done(point, report.one_line(entry))
+        if chosen.json is not None:
+            report.write(told, chosen.json)
+
+    with Progressing(len(planned.points)) as progress:
+        await sweep(planned, chosen, progress.at, on_point)
+
+
+def _show(told: report.Report, folder: Path | None) -> None:
+    print(report.table(told), *report.notes(told), report.definitions(told), sep="\n\n")
+    if folder is not None:
+        print(plots.draw_all(told, folder))
