@@ -106,11 +106,12 @@ class Profiler:
         loads: dict[int, float] = {}
         if self._transfer is None:
             return stores, loads
-        room = min(self._store.slab.shape[1], self._num_host_blocks)
-        most = max(1, min(room, max(effort.num_copied), effort.num_bytes // self._bytes_per_block))
-        room = min(room, 4 * most)
-        self._transfer.store([BlockMove(i, i) for i in range(room)])  # no measurement pays for first touches
-        for num in sorted({min(num, most) for num in effort.num_copied}):
+        room = min(self._store.slab.shape[1], self._num_host_blocks, 4 * max(effort.num_copied))
+        room = max(1, min(room, effort.num_bytes // self._bytes_per_block))
+        everything = [BlockMove(i, i) for i in range(room)]
+        self._transfer.store(everything)  # no measurement pays for pages that are touched for the first time
+        self._transfer.load(everything)
+        for num in sorted({min(num, room) for num in effort.num_copied}):
             for copy, seconds in ((self._transfer.store, stores), (self._transfer.load, loads)):
                 turns = [  # each through other memory than the one before
                     [BlockMove(i, i) for i in range(first, first + num)]
