@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from engine.core import EngineCore
 from engine.cost_profile import Profile, Subject, processor, read_profile
 from engine.errors import ConfigError, ModelFolderError
 from engine.kv_sizes import KVSizes
-from engine.memory import available_bytes
+from engine.memory import available, lockable
 from engine.model_runner import ModelRunner
 from engine.models import load_model
 from engine.models.config import ModelConfig
@@ -146,12 +146,11 @@ def profile_model(config: EngineConfig, on_position: Callable[[int], None]) -> P
 
     Raises ModelFolderError or ConfigError.
     """
+    config = replace(config, host_kv_tokens=HOST_BLOCKS_TO_PROFILE * config.block_size)
     parts = _load_parts(config, ModelConfig.from_dir(config.model), Tokenizer.from_dir(config.model))
     load_average, begun = os.getloadavg()[0], time.time()
-    room = (available_bytes() - parts.kv.num_blocks * parts.kv.bytes_per_block) // parts.kv.bytes_per_block
-    num_host_blocks = max(1, min(HOST_BLOCKS_TO_PROFILE, parts.kv.num_blocks, room))
-    transfer = SyncTransfer(parts.store, HostStore(parts.store, num_host_blocks))
-    costs = parts.profiler(config, transfer, num_host_blocks).measure(THOROUGH, on_position)
+    transfer = SyncTransfer(parts.store, HostStore(parts.store, parts.kv.num_host_blocks))
+    costs = parts.profiler(config, transfer).measure(THOROUGH, on_position)
     return Profile(parts.subject, int(begun), load_average, costs)
 
 
@@ -166,11 +165,14 @@ class _Parts:
     context_tokens: int
     subject: Subject
 
-    def profiler(
-        self, config: EngineConfig, transfer: TransferEngine | None, num_host_blocks: int
-    ) -> Profiler:
+    def profiler(self, config: EngineConfig, transfer: TransferEngine | None) -> Profiler:
         return Profiler(
-            self.runner, self.store, transfer, num_host_blocks, config.block_size, self.context_tokens
+            self.runner,
+            self.store,
+            transfer,
+            self.kv.num_host_blocks,
+            config.block_size,
+            self.context_tokens,
         )
 
 
@@ -180,7 +182,10 @@ def _load_parts(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) 
     torch.set_num_threads(threads)
     decoder = load_model(config.model, dtype)
     size = config.block_size
-    kv = KVSizes.of(config, _bytes_per_token(model, dtype), available_bytes())
+    can_be_pinned = lockable() if config.device == "cuda" else None
+    kv = KVSizes.of(config, _bytes_per_token(model, dtype), available(), can_be_pinned)
+    if kv.warning:
+        _logger.warning("%s", kv.warning)
     store = KVStore(model.num_layers, kv.num_blocks, model.num_kv_heads, size, model.head_dim, dtype)
     sampler = Sampler(model.vocab_size, model.eos_ids)
     subject = Subject(
@@ -215,7 +220,7 @@ def _costs(
             if config.profile is not None:
                 raise
             _logger.warning("%s; until then costs are measured quickly at each start", error)
-    measured = parts.profiler(config, transfer, parts.kv.num_host_blocks).measure(QUICK)
+    measured = parts.profiler(config, transfer).measure(QUICK)
     return measured.table(), "measured quickly at start"
 
 

@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.cost_profile import Profile, write_profile
 from engine.errors import ConfigError, ModelFolderError
 from engine.loader import load_engine, profile_model
+from engine.memory import Room
 from engine.profile import Profiler
 from tools.random_model import write_random_model
 
@@ -53,10 +54,24 @@ async def test_a_model_goes_by_its_name_or_else_its_folders(
 def test_a_cache_that_cannot_be_is_refused_with_what_would_fit(config: EngineConfig) -> None:
     for tokens, complaint in (
         (63, r"the KV cache would hold 63 tokens; give it at least 64 \(two blocks\)"),
-        (1 << 40, r"takes .* GiB and .* GiB are free; --device-kv-tokens \d+ would fit"),
+        (1 << 40, r"takes .* GiB and .* GiB are left by .*; --device-kv-tokens \d+ would fit"),
     ):
         with pytest.raises(ConfigError, match=complaint):
             load_engine(replace(config, device_kv_tokens=tokens))
+
+
+async def test_a_host_tier_that_does_not_fit_is_made_smaller_with_a_warning(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loader, "available", lambda: Room(1 << 20, "the control group /pod"))
+    async with load_engine(replace(config, host_kv_tokens=1 << 20)) as engine:
+        load = engine.load()
+        assert engine.description[2].endswith("(less than asked for)")
+    (warning,) = caplog.messages
+    fitting = int(((1 << 20) - 256 * 256) * 0.9) // 256 // 32 * 32  # 256 bytes per token
+    assert load.host.total_tokens == fitting
+    assert "a host KV cache of 1,048,576 tokens takes 256.0 MiB" in warning
+    assert f"left by the control group /pod beside the device tier: it holds {fitting:,} tokens" in warning
 
 
 def test_an_engine_that_was_refused_lets_go_of_its_data_dir(config: EngineConfig, tmp_path: Path) -> None:
