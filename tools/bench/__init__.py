@@ -19,7 +19,7 @@ from rpc.client import ContinuoError
 from tools.bench import plots, report
 from tools.bench.files import FileError
 from tools.bench.generator import NothingFits, Observed
-from tools.bench.plan import Plan, Point, plan
+from tools.bench.plan import Plan, Point, plan_of
 from tools.bench.progress import Progressing
 from tools.bench.sweep import GeneratorFailed, sweep
 from tools.connection import UsageError
@@ -41,7 +41,7 @@ def run(chosen: Namespace) -> int:
     if chosen.from_file is not None:
         _show(report.read(chosen.from_file), chosen.plots)
         return 0
-    planned = plan(chosen)
+    planned = plan_of(chosen)
     if chosen.json is not None and not chosen.json.parent.is_dir():
         raise UsageError(f"--json: there is no folder {chosen.json.parent}")
     told = report.new_report(planned, chosen)

@@ -77,7 +77,7 @@ class Plan:
     limits: Limits
 
 
-def plan(chosen: Namespace) -> Plan:
+def plan_of(chosen: Namespace) -> Plan:
     """Raises UsageError, and FileError for what a workload file holds."""
     workload, pool, starts = _workload(chosen)
     loads = _loads(chosen, is_recorded=bool(starts))

@@ -87,9 +87,7 @@ def _hits(axes: Any, point: dict[str, Any]) -> None:
         "host": "cached_host_tokens",
         "recomputed": "recomputed_tokens",
     }
-    axes.stackplot(
-        series["at_s"], *(series[name] for name in names.values()), labels=list(names), step="post"
-    )
+    axes.stackplot(series["at_s"], *(series[name] for name in names.values()), labels=list(names), step="pre")
     load = ", ".join(
         f"{point[name]:g} {unit}"
         for name, unit in (("rate", "turns/s"), ("conversations", "conversations"))

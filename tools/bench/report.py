@@ -166,11 +166,12 @@ def one_line(point: Mapping[str, Any]) -> str:
     figures = point["figures"]
     middle, p90 = (_number(figures[f"normalised_ms_{at}"]) for at in ("mean", "p90"))
     tokens, tiers = (_number(figures[f"working_set_{unit}"]) for unit in ("tokens", "device_tiers"))
+    expected = _number(point["expected_working_set_tokens"])
     parts = [
         f"{figures['turns']} turns",
         f"{_number(figures['turns_per_s'])} turns/s",
         f"normalised {middle} ms mean, {p90} p90",
-        f"working set {tokens} tokens = {tiers} device tiers",
+        f"working set {tokens} tokens = {tiers} device tiers ({expected} expected)",
     ]
     return ", ".join(parts)
 
