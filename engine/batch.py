@@ -7,6 +7,9 @@ prefix are longer ones; nothing else distinguishes them.
 from array import array
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engine.cache.block import BlockMove
 from engine.types import SamplingParams, TokenLogprobs
 
@@ -34,7 +37,7 @@ def needs_history(sampling: SamplingParams) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Segment:
     """Consecutive positions of one conversation, computed in one step.
 
@@ -44,9 +47,9 @@ class Segment:
     row: int  # names the turn towards the runner
     first: int  # absolute position of the first token
     token_ids: tuple[int, ...] | None
-    slots: tuple[
-        int, ...
-    ]  # device block of each block of the conversation up to the segment's end, -1 = hole
+    slots: NDArray[
+        np.int32
+    ]  # device slot of each block of the conversation up to the segment's end, -1 = hole
     draw: RowParams | None  # set if the last position's logits choose a token
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from engine.cache.block import BlockTable
+from engine.cache.block_table import BlockTable
 from engine.computed import Computed, Miss
 from engine.errors import InvariantError
 from engine.types import ConversationId, FinishReason, SamplingParams, Tenant, TurnId, Usage

@@ -5,12 +5,12 @@ order of planning.  A plan may be made before the previous one is applied (run-a
 launched step samples are scheduled before they are known.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from engine.batch import StepPlan, StepResult, needs_history
-from engine.cache.block import BlockMove
 from engine.cache.manager import KVCacheManager
 from engine.cache.transfer import TransferEngine
 from engine.computed import Miss
@@ -31,9 +31,11 @@ from engine.types import (
 
 
 class Runner(Protocol):
-    """Computes a step: K/V of every segment is written before any of them attends, layer by layer."""
+    """Computes a step: K/V of every segment is written before any of them attends, layer by layer.  Before a
+    layer attends it calls `wait_for(layer)`, which returns once that layer's part of the loads is there.
+    """
 
-    def run(self, plan: StepPlan) -> StepResult: ...
+    def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class EngineCore:
         self._clock = clock
         self._eos_ids = eos_ids
         self._num_rows = 0  # names that steps know segments by
+        self._launched: deque[Step] = deque()  # planned and not yet applied
+        self._void_through = 0  # number of the last step that read what a failed copy had not brought
 
     # -- conversations
 
@@ -239,26 +243,35 @@ class EngineCore:
     # -- steps
 
     def plan(self) -> Step | None:
-        return self.scheduler.schedule(self._clock.monotonic())
+        step = self.scheduler.schedule(self._clock.monotonic())
+        if step is not None:
+            self._launched.append(step)
+        return step
 
     def execute(self, step: Step) -> StepResult:
         plan = step.plan
-        failed: frozenset[BlockMove] = frozenset()
-        load_s = 0.0
-        if self._transfer is not None and plan.stores:
-            failed = self._transfer.store(plan.stores)
-        if self._transfer is not None and plan.loads:
-            begun = self._clock.monotonic()
-            failed |= self._transfer.load(plan.loads)
-            load_s = self._clock.monotonic() - begun
-        result = self._runner.run(plan) if plan.segments else StepResult()
-        return replace(result, failed_moves=failed, load_s=load_s) if load_s or failed else result
+        if self._transfer is None or not (plan.stores or plan.loads):
+            return self._runner.run(plan)
+        failed = self._transfer.store(plan.stores)
+        loading = self._transfer.load(plan.loads)
+        result = self._runner.run(plan, loading.wait_for) if plan.segments else StepResult()
+        failed |= loading.finish()
+        return replace(result, failed_moves=failed, load_s=loading.seconds)
 
     def apply(self, step: Step, result: StepResult) -> list[TokenEvent]:
         """Append what the step sampled.  Tokens of turns that ended meanwhile are dropped."""
-        lost = self.manager.settle(step.blocks, step.writes, step.copies, result.failed_moves)
+        if self._launched[0] is not step:
+            raise InvariantError(f"step {step.plan.number} is applied out of turn")
+        failed, number = result.failed_moves, step.plan.number
+        if step.plan.segments and any(copy.is_load and copy.move in failed for copy in step.copies):
+            self._void_launched()
+        self._launched.popleft()
+        is_void = number <= self._void_through
+        lost = self.manager.settle(number, step.blocks, () if is_void else step.writes, step.copies, failed)
         self.scheduler.count_lost(lost)
         self._note_times(step, result)
+        if is_void:
+            return []
         now = self._clock.monotonic()
         events = []
         for turn in step.turns:
@@ -282,12 +295,22 @@ class EngineCore:
     def _note_times(self, step: Step, result: StepResult) -> None:
         """What the step took of each turn's time to its first token."""
         num_loads, num_tokens = max(1, len(step.plan.loads)), max(1, step.plan.num_tokens)
+        compute_s = result.seconds - result.load_s
         for share in step.shares:
             turn = share.turn
             if turn.first_token_s is None:
                 turn.reload_s += result.load_s * share.num_loads / num_loads
-                turn.recompute_s += result.seconds * share.num_again / num_tokens
-                turn.prefill_s += result.seconds * share.num_new / num_tokens
+                turn.recompute_s += compute_s * share.num_again / num_tokens
+                turn.prefill_s += compute_s * share.num_new / num_tokens
+
+    def _void_launched(self) -> None:
+        """A step may have read KV that was not there, and those planned upon it what it wrote: all of them
+        are as if they had not been.
+        """
+        for step in self._launched:
+            self.manager.void(step.writes)
+        self._void_through = self._launched[-1].plan.number
+        self.scheduler.plan_again()
 
     def step(self) -> list[TokenEvent] | None:
         """The three in a row; None if there was nothing to do."""

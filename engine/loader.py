@@ -101,6 +101,7 @@ def _build(
         policy_named(config.policy, costs),
         BlockPool(kv.num_host_blocks),
         costs,
+        pipelined=not config.verify_reloads,
     )
     scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent)
     core = EngineCore(manager, scheduler, parts.runner, clock, model.eos_ids, parts.context_tokens, transfer)

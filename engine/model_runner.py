@@ -1,6 +1,7 @@
 """Runs a plan: integers become tensors once per step, the decoder computes, the sampler chooses."""
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class ModelRunner:
         self._last: dict[int, int] = {}  # row -> token of the step before
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:
         begun = time.perf_counter()
         meta = attn_meta(plan, self._block_size)
         ids = torch.tensor(
@@ -33,7 +34,8 @@ class ModelRunner:
         )
         ends = meta.q_indptr[1:].tolist()
         rows = [end - 1 for segment, end in zip(plan.segments, ends, strict=True) if segment.draw is not None]
-        logits = self._decoder.forward(ids, meta, self._store.layers, torch.tensor(rows, dtype=torch.int64))
+        rows_of_logits = torch.tensor(rows, dtype=torch.int64)
+        logits = self._decoder.forward(ids, meta, self._store.layers, rows_of_logits, wait_for)
         draws = {segment.row: segment.draw for segment in plan.segments if segment.draw is not None}
         self._last, logprobs = self._sampler.sample(logits, draws)
         return StepResult(dict(self._last), time.perf_counter() - begun, logprobs)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from engine.batch import Segment, StepPlan
 from engine.cache.block import BlockMove
 from engine.cache.costs import MeasuredCosts
@@ -87,7 +89,7 @@ class Profiler:
     def _plan(self, end: int) -> StepPlan:
         num_before = -(-end // self._size) - self._num_written
         before = (self._num_written + i % self._num_filled for i in range(num_before))
-        slots = (*before, *range(self._num_written))
+        slots = np.array([*before, *range(self._num_written)], np.int32)
         length = self._num_computed
         return StepPlan(0, (Segment(0, end - length, (0,) * length, slots, None),))
 
@@ -110,15 +112,19 @@ class Profiler:
         room = max(1, min(room, effort.num_bytes // self._bytes_per_block))
         everything = [BlockMove(i, i) for i in range(room)]
         self._transfer.store(everything)  # no measurement pays for pages that are touched for the first time
-        self._transfer.load(everything)
+        self._load(everything)
         for num in sorted({min(num, room) for num in effort.num_copied}):
-            for copy, seconds in ((self._transfer.store, stores), (self._transfer.load, loads)):
+            for copy, seconds in ((self._transfer.store, stores), (self._load, loads)):
                 turns = [  # each through other memory than the one before
                     [BlockMove(i, i) for i in range(first, first + num)]
                     for first in (number * num % (room - num + 1) for number in range(effort.repeats))
                 ]
                 seconds[num] = min(_timed([partial(copy, moves) for moves in turns])) / num
         return stores, loads
+
+    def _load(self, moves: Sequence[BlockMove]) -> None:
+        assert self._transfer is not None
+        self._transfer.load(moves).finish()
 
     @property
     def _bytes_per_block(self) -> int:

@@ -13,13 +13,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from engine.batch import RowParams, Segment, StepPlan
-from engine.cache.block import Block, Copy
+from engine.cache.block import BlockIds, Copy
 from engine.cache.manager import KVCacheManager, Run, Scheduled, Write
 from engine.computed import Miss
 from engine.conversation import Conversation, Turn, TurnState
 from engine.types import RunState, Usage
 
+EARLY_LOADS = 32
+"""One in so many slots is loaded per step for turns that wait."""
 RESERVED_SHARE = 0.1
 """Of the slots, kept for turns that run already; nothing is admitted into it (Pensieve, section 4.3.2)."""
 
@@ -40,7 +44,7 @@ class Step:
 
     plan: StepPlan
     turns: tuple[Turn, ...]  # of the segments that choose a token, in their order
-    blocks: tuple[Block, ...]  # pinned while it runs
+    blocks: BlockIds  # that it touches; they may repeat
     writes: tuple[Write, ...]
     copies: tuple[Copy, ...] = ()
     shares: tuple[Share, ...] = ()
@@ -56,7 +60,6 @@ class Scheduler:
         self.running: list[Turn] = []  # in order of arrival
         self._idle: dict[Conversation, int] = {}  # to be computed ahead -> row of its segments
         self._short: Turn | None = None  # found no slots last time: goes first
-        self._num_steps = 0
 
     @property
     def num_waiting(self) -> int:
@@ -65,6 +68,7 @@ class Scheduler:
 
     def submit(self, turn: Turn) -> None:
         self._idle.pop(turn.conversation, None)
+        self.manager.expect(turn.conversation.table, turn.arrived_s)
         self.waiting.append(turn)
 
     def compute_when_idle(self, conversation: Conversation, row: int) -> None:
@@ -85,7 +89,6 @@ class Scheduler:
 
     def schedule(self, now: float) -> Step | None:
         """The next step, with its blocks pinned; None if nothing can be computed now."""
-        self._num_steps += 1
         parts = _Parts()
         if self.num_waiting:
             for turn in [turn for turn in self.running if turn.paused]:
@@ -106,25 +109,31 @@ class Scheduler:
             self.waiting.remove(first)
             self._start(first, now)
             self._add(parts, first, now)
+        self._load_early(now)
         if not self.num_waiting and all(turn.paused for turn in self.running):
             self._add_idle(parts, now)
         self.manager.store_ahead(now)
-        copies = self.manager.take_copies()
-        if not parts.segments and not copies:
+        if not parts.segments and not self.manager.has_begun_copies:
             return None
-        blocks = tuple(parts.blocks)
-        self.manager.pin(blocks)
+        blocks = np.concatenate(parts.blocks) if parts.blocks else np.empty(0, np.int32)
+        number, copies = self.manager.launch(blocks)
         stores = tuple(copy.move for copy in copies if not copy.is_load)
         loads = tuple(copy.move for copy in copies if copy.is_load)
-        plan = StepPlan(self._num_steps, tuple(parts.segments), stores, loads)
-        shares = self._shares(parts, {move.device_slot for move in loads})
+        plan = StepPlan(number, tuple(parts.segments), stores, loads)
+        shares = self._shares(parts, {copy.block for copy in copies if copy.is_load})
         return Step(plan, tuple(parts.turns), blocks, tuple(parts.writes), copies, shares)
+
+    def plan_again(self) -> None:
+        """What was planned and has not ended came to nothing: what is missing is found anew."""
+        for turn in (*self.running, *self.waiting):
+            turn.num_pending, turn.caught_up = 0, False
+            turn.conversation.table.cursor = 0
 
     def count_lost(self, copies: Sequence[Copy]) -> None:
         """The KV of these copies' blocks was lost on its way: the turns that counted on it compute it."""
         for copy in copies:
             for turn in (*self.running, *self.waiting):
-                if turn.usage is None or copy.block not in turn.conversation.table.blocks:
+                if turn.usage is None or not (turn.conversation.table.blocks == copy.block).any():
                     continue
                 num_lost = min(copy.num_tokens, turn.usage.cached_host_tokens)
                 turn.usage = replace(
@@ -138,10 +147,28 @@ class Scheduler:
 
     def _fits(self, turn: Turn) -> bool:
         table, manager = turn.conversation.table, self.manager
-        reserve = int(manager.pool.num_slots * RESERVED_SHARE) if self.running else 0
-        own = sum(block.evictable for block in table.blocks)
         missing = manager.num_missing(table, len(turn.conversation.tokens) + 1)
-        return missing <= manager.num_available - own - reserve
+        return missing <= manager.num_available - manager.num_own(table) - self._reserve
+
+    @property
+    def _reserve(self) -> int:
+        """Slots; a lone conversation is exempt."""
+        return int(self.manager.pool.num_slots * RESERVED_SHARE) if self.running else 0
+
+    def _load_early(self, now: float) -> None:
+        """Begin to bring back what waiting turns will need, as many in their order as fit all together, and
+        little per step: those that run wait for it.
+        """
+        manager = self.manager
+        room = manager.num_available - self._reserve
+        at_most = max(1, manager.pool.num_slots // EARLY_LOADS)
+        for turn in self.waiting:
+            end, table = len(turn.conversation.tokens), turn.conversation.table
+            room -= manager.num_missing(table, end + 1) + manager.num_own(table)
+            if room < 0 or not at_most or not manager.tiers.host.num_slots:
+                return
+            if not turn.paused:
+                at_most -= manager.load_early(table, end, at_most, now)
 
     def _start(self, turn: Turn, now: float) -> None:
         conversation = turn.conversation
@@ -184,15 +211,12 @@ class Scheduler:
         )
 
     def _shares(self, parts: "_Parts", loaded: set[int]) -> tuple[Share, ...]:
-        """`loaded` are the slots that the step fills from the host."""
+        """`loaded` are the blocks that the step brings from the host."""
         shares = []
-        for turn in self.running:
+        for turn in (*self.running, *self.waiting) if loaded else self.running:
             if turn.first_token_s is not None:
                 continue
-            num_loads = 0
-            if loaded:
-                slots = self.manager.slots(turn.conversation.table, len(turn.conversation.tokens))
-                num_loads = len(loaded.intersection(slots))
+            num_loads = len(loaded.intersection(turn.conversation.table.blocks.tolist())) if loaded else 0
             runs = parts.runs.get(turn, ())
             again = sum(max(0, min(turn.num_known, run.first + run.length) - run.first) for run in runs)
             num_tokens = sum(run.length for run in runs)
@@ -211,7 +235,7 @@ class Scheduler:
         self._deactivate(turn.conversation, now)
 
     def _deactivate(self, conversation: Conversation, now: float) -> None:
-        reached = self.manager.num_cached(conversation.table, len(conversation.tokens))
+        reached = self.manager.num_scheduled(conversation.table, len(conversation.tokens))
         conversation.computed.compute(reached)
         self.manager.deactivate(conversation.table, now)
 
@@ -226,7 +250,6 @@ class Scheduler:
             runs += more.runs
             parts.num_tokens += sum(run.length for run in more.runs)
             parts.writes += more.writes
-            parts.blocks.update(dict.fromkeys(write.block for write in more.writes))
             if not more.out_of_slots:
                 break
             victim = self._newest_idle_in(parts, turn)
@@ -296,8 +319,8 @@ class Scheduler:
             stop = run.first + run.length
             ids = None if stop > len(tokens) else tuple(tokens[run.first : stop])
             drawn = draw if run is runs[-1] else None
-            parts.segments.append(Segment(row, run.first, ids, tuple(slots[: -(-stop // size)]), drawn))
-        parts.blocks.update(dict.fromkeys(table.blocks[: len(slots)]))
+            parts.segments.append(Segment(row, run.first, ids, slots[: -(-stop // size)], drawn))
+        parts.blocks.append(table.blocks[: len(slots)])
 
     def _newest_idle_in(self, parts: "_Parts", turn: Turn) -> Turn | None:
         """The newest running turn behind `turn`, or any paused one, that this step does not already
@@ -316,6 +339,6 @@ class _Parts:
         self.segments: list[Segment] = []
         self.turns: list[Turn] = []
         self.writes: list[Write] = []
-        self.blocks: dict[Block, None] = {}
+        self.blocks: list[BlockIds] = []  # of each conversation in it
         self.runs: dict[Turn, Sequence[Run]] = {}
         self.num_tokens = 0

@@ -14,7 +14,8 @@ from engine.text.tokenizer import Tokenizer
 
 VOCAB = 97
 EOS = 0
-POISON = -1
+POISON = -1  # must not even be read
+GARBAGE = -2
 
 
 class FakeClock:
@@ -65,8 +66,10 @@ class FakeRunner:
         self.num_computed = 0
         self._last: dict[int, int] = {}
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:
         sampled = {}
+        if wait_for is not None:
+            wait_for(0)  # it has one layer
         for segment in plan.segments:
             ids = (self._last[segment.row],) if segment.token_ids is None else segment.token_ids
             for position, token in enumerate(ids, segment.first):
@@ -90,7 +93,9 @@ class FakeRunner:
 
 
 class FakeTransfer:
-    """Copies between a fake runner's memory and a host tier.  What a failed copy leaves behind is poison."""
+    """Copies between a fake runner's memory and a host tier.  What a failed copy leaves behind is worth
+    nothing; a step may read what a failed load left, which it learns at the end.
+    """
 
     def __init__(self, runner: FakeRunner, num_host_slots: int) -> None:
         self.kv = np.full((num_host_slots, runner.block_size), POISON, dtype=np.int64)
@@ -102,19 +107,42 @@ class FakeTransfer:
             self.kv[move.host_slot] = self._device[move.device_slot]
         return self._fail(moves, lambda move: self.kv[move.host_slot])
 
-    def load(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+    def load(self, moves: Sequence[BlockMove]) -> "FakeLoading":
+        return FakeLoading(self, moves)
+
+    def load_now(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
         for move in moves:
             self._device[move.device_slot] = self.kv[move.host_slot]
-        return self._fail(moves, lambda move: self._device[move.device_slot])
+        return self._fail(moves, lambda move: self._device[move.device_slot], GARBAGE)
 
     def _fail(
-        self, moves: Sequence[BlockMove], written: Callable[[BlockMove], np.ndarray]
+        self, moves: Sequence[BlockMove], written: Callable[[BlockMove], np.ndarray], value: int = POISON
     ) -> frozenset[BlockMove]:
         failed = moves[: self.num_to_fail]
         self.num_to_fail -= len(failed)
         for move in failed:
-            written(move)[:] = POISON
+            written(move)[:] = value
         return frozenset(failed)
+
+
+class FakeLoading:
+    """Nothing is there before it is waited for."""
+
+    def __init__(self, transfer: FakeTransfer, moves: Sequence[BlockMove]) -> None:
+        self._transfer, self._moves = transfer, moves
+        self._failed: frozenset[BlockMove] | None = None
+        self.seconds = 0.0
+        for move in moves:
+            transfer._device[move.device_slot] = POISON
+
+    def wait_for(self, layer: int) -> None:
+        self._failed = self._transfer.load_now(self._moves)
+
+    def finish(self) -> frozenset[BlockMove]:
+        if self._failed is None:
+            self.wait_for(0)
+        assert self._failed is not None
+        return self._failed
 
 
 CHAT_TEMPLATE = (

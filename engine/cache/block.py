@@ -1,9 +1,10 @@
-"""A block and the table of a conversation.
+"""Blocks, by number: a block is a row in the columns of `Blocks`.
 
-A `Block` is logical: the KV of one run of `block_size` tokens, wherever it is, or nowhere.  A
-conversation's `BlockTable` names its blocks from position 0 on; a hole is simply a block without KV.  Full
-blocks are content-addressed (a chained hash of tenant, parent and tokens) and shared between tables, so
-whoever brings one back brings it back for all.  Only `KVCacheManager` changes these objects.
+A block is logical: the KV of one run of `block_size` tokens, wherever it is, or nowhere.  Full blocks are
+content-addressed (a chained hash of tenant, parent and tokens) and shared between the tables of
+conversations, so whoever brings one back brings it back for all.  There are as many as conversations in
+memory have tokens for, most of them idle: hence columns of numbers, some 60 bytes a block, which scans go
+through at once.  Only `KVCacheManager` changes them.
 """
 
 from array import array
@@ -13,7 +14,17 @@ from enum import Enum
 from hashlib import blake2b
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 NO_SLOT = -1
+NO_BLOCK = -1
+NAME_BYTES = 16
+NO_NAME = bytes(NAME_BYTES)
+
+NOT_COPIED, STORING, LOADING = 0, 1, 2
+
+BlockIds = NDArray[np.int32]
 
 
 class Residency(Enum):
@@ -39,111 +50,99 @@ class BlockMove(NamedTuple):
 class Copy:
     """A copy of `block` that has begun.  It counts only if the block is still of `generation` at its end."""
 
-    block: "Block"
+    block: int
     generation: int
     num_tokens: int  # valid at the source
     move: BlockMove
     is_load: bool
 
 
-class Block:
-    """The KV of up to `block_size` consecutive tokens.
-
-    On the device `num_valid` tokens hold KV now; `num_scheduled` will once every planned step has been
-    applied.  Steps run in the order they were planned, so a later step may already attend to what an earlier
-    one, or the same one, is scheduled to write.  On the host the first `host_valid` tokens hold KV; what is
-    written later on the device makes that a shorter copy, never a wrong one.
+class Blocks:
+    """On the device `num_valid` tokens of a block hold KV now; `num_scheduled` will once every planned step
+    has been applied.  Steps run in the order they were planned, so a later step may already attend to what
+    an earlier one, or the same one, is scheduled to write.  On the host the first `host_valid` tokens hold
+    KV; what is written later on the device makes that a shorter copy, never a wrong one.
     """
 
-    __slots__ = (
-        "slot",
-        "num_valid",
-        "num_scheduled",
-        "host_slot",
-        "host_valid",
-        "copy",
-        "num_refs",
-        "num_active",
-        "num_pins",
-        "generation",
-        "hash",
-        "last_used",
-    )
+    slot: NDArray[np.int32]  # the device slot that holds it, or NO_SLOT
+    num_valid: NDArray[np.int16]
+    num_scheduled: NDArray[np.int16]
+    host_slot: NDArray[np.int32]
+    host_valid: NDArray[np.int16]
+    copying: NDArray[np.int8]  # NOT_COPIED, or a copy has begun and not yet ended
+    num_refs: NDArray[np.int32]  # tables that name it
+    num_active: NDArray[np.int32]  # those of them whose conversation has a running turn
+    last_step: NDArray[np.int64]  # the last planned step that touches it, its copy included
+    generation: NDArray[np.int32]  # grows when its content is given up: a late step must not validate it
+    last_used: NDArray[np.float64]  # seconds on the engine's clock
 
-    def __init__(self, block_hash: bytes | None = None) -> None:
-        self.slot = NO_SLOT  # the device block that holds it
-        self.num_valid = 0
-        self.num_scheduled = 0
-        self.host_slot = NO_SLOT
-        self.host_valid = 0
-        self.copy: Copy | None = None  # between the tiers, begun and not yet ended
-        self.num_refs = 0  # tables that name it
-        self.num_active = 0  # those of them whose conversation has a running turn
-        self.num_pins = 0  # launched steps that touch it, its copy included
-        self.generation = 0  # grows when its content is given up, so that a late step cannot validate it
-        self.hash = block_hash  # None until all its tokens are known
-        self.last_used = 0.0  # seconds on the engine's clock
+    _EMPTY = {
+        "slot": (np.int32, NO_SLOT),
+        "num_valid": (np.int16, 0),
+        "num_scheduled": (np.int16, 0),
+        "host_slot": (np.int32, NO_SLOT),
+        "host_valid": (np.int16, 0),
+        "copying": (np.int8, NOT_COPIED),
+        "num_refs": (np.int32, 0),
+        "num_active": (np.int32, 0),
+        "last_step": (np.int64, 0),
+        "generation": (np.int32, 0),
+        "last_used": (np.float64, 0.0),
+    }
 
-    @property
-    def residency(self) -> Residency:
-        if self.copy is not None:
-            return Residency.LOADING if self.copy.is_load else Residency.STORING
-        if self.num_scheduled > self.num_valid:
+    def __init__(self) -> None:
+        for column, (dtype, _) in self._EMPTY.items():
+            setattr(self, column, np.empty(0, dtype))
+        self._names = bytearray()  # NAME_BYTES of each
+        self._spare = array("i")  # numbers that are not in use
+
+    def __len__(self) -> int:
+        """Blocks in use."""
+        return len(self.slot) - len(self._spare)
+
+    def new(self) -> int:
+        """The number of an empty block without a name."""
+        if not self._spare:
+            self._grow()
+        return self._spare.pop()
+
+    def retire(self, block: int) -> None:
+        """Nobody knows the block any more, and it has no slot.  Its number will serve another."""
+        self.set_name(block, NO_NAME)
+        self.generation[block] += 1
+        self._spare.append(block)
+
+    def name_of(self, block: int) -> bytes:
+        """NO_NAME until all its tokens are known."""
+        return bytes(self._names[block * NAME_BYTES : (block + 1) * NAME_BYTES])
+
+    def set_name(self, block: int, name: bytes) -> None:
+        self._names[block * NAME_BYTES : (block + 1) * NAME_BYTES] = name
+
+    def residency(self, block: int) -> Residency:
+        if copying := self.copying.item(block):
+            return Residency.LOADING if copying == LOADING else Residency.STORING
+        if self.num_scheduled[block] > self.num_valid[block]:
             return Residency.COMPUTING
-        if self.num_valid:
-            return Residency.BOTH if self.host_valid >= self.num_valid else Residency.DEVICE
-        return Residency.HOST if self.host_valid else Residency.DROPPED
+        if self.num_valid[block]:
+            return Residency.BOTH if self.host_valid[block] >= self.num_valid[block] else Residency.DEVICE
+        return Residency.HOST if self.host_valid[block] else Residency.DROPPED
 
-    @property
-    def evictable(self) -> bool:
-        """Its device slot may be given to another block."""
-        return self.slot != NO_SLOT and not self.num_active and not self.num_pins
+    def describe(self, block: int) -> str:
+        """For people who look for a mistake."""
+        columns = (f"{name}={getattr(self, name)[block]}" for name in self._EMPTY)
+        return f"block {block} ({self.residency(block).value}, {', '.join(columns)})"
 
-    @property
-    def clean(self) -> bool:
-        """Nothing is lost with its device slot."""
-        return self.host_valid >= self.num_valid
-
-    @property
-    def evictable_from_host(self) -> bool:
-        return self.host_slot != NO_SLOT and not self.num_active and not self.num_pins
-
-    @property
-    def num_reloadable(self) -> int:
-        """Tokens that are on the host, or on their way, while nothing of the block is on the device."""
-        if self.num_scheduled:
-            return 0
-        return self.host_valid if self.copy is None else self.copy.num_tokens
-
-    @property
-    def reach(self) -> int:
-        """Tokens that hold KV somewhere, or will."""
-        return max(self.num_scheduled, self.host_valid, 0 if self.copy is None else self.copy.num_tokens)
-
-    def __repr__(self) -> str:
-        return (
-            f"Block({self.residency.value}, slot={self.slot}, valid={self.num_valid}/{self.num_scheduled}, "
-            f"host_slot={self.host_slot}, host_valid={self.host_valid}, refs={self.num_refs}, "
-            f"active={self.num_active}, pins={self.num_pins})"
-        )
+    def _grow(self) -> None:
+        old = len(self.slot)
+        new = max(64, old // 4)
+        for column, (dtype, empty) in self._EMPTY.items():
+            setattr(self, column, np.concatenate((getattr(self, column), np.full(new, empty, dtype))))
+        self._names += NO_NAME * new
+        self._spare.extend(range(old + new - 1, old - 1, -1))
 
 
-class BlockTable:
-    """The blocks of one conversation, in order.  `num_tokens` are known; the last block may be partial."""
-
-    __slots__ = ("tenant", "blocks", "num_tokens", "is_active", "last_active", "cursor", "passed")
-
-    def __init__(self, tenant: str) -> None:
-        self.tenant = tenant
-        self.blocks: list[Block] = []
-        self.num_tokens = 0
-        self.is_active = False
-        self.last_active = 0.0
-        self.cursor = 0  # while active: blocks before it are scheduled whole
-        self.passed = [0, 0, 0]  # while idle, by `eviction.Way`: blocks at its beginning found to be through
-
-
-def chain_hashes(tenant: str, parent: bytes | None, token_ids: "array[int]", size: int) -> Iterator[bytes]:
+def chain_names(tenant: str, parent: bytes | None, token_ids: "array[int]", size: int) -> Iterator[bytes]:
     """The names of consecutive full blocks that hold `token_ids` [num_blocks * size] behind block `parent`.
 
     A name is 128 bits over the tenant, all tokens before the block (through its parent) and its own tokens.
@@ -151,5 +150,5 @@ def chain_hashes(tenant: str, parent: bytes | None, token_ids: "array[int]", siz
     data, width = token_ids.tobytes(), size * token_ids.itemsize
     parent = parent if parent is not None else b"continuo\0" + tenant.encode()
     for start in range(0, len(data), width):
-        parent = blake2b(parent + data[start : start + width], digest_size=16).digest()
+        parent = blake2b(parent + data[start : start + width], digest_size=NAME_BYTES).digest()
         yield parent

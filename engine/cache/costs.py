@@ -1,9 +1,11 @@
 """What it costs to have a block's KV on the device again: by computing it, or by copying it from the host."""
 
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
+
+import numpy as np
 
 
 class CostTable:
@@ -16,18 +18,19 @@ class CostTable:
 
     def __init__(self, compute_s: Mapping[int, float], load_s: float) -> None:
         self.load_s = load_s
-        self._ends = sorted(compute_s)
-        self._seconds = list(accumulate((compute_s[end] for end in self._ends), max))
-        if not self._ends or self._seconds[0] <= 0 or load_s < 0:
+        self._ends = np.array(sorted(compute_s), np.float64)
+        self._seconds = np.array(list(accumulate((compute_s[end] for end in sorted(compute_s)), max)))
+        if not len(self._ends) or self._seconds[0] <= 0 or load_s < 0:
             raise ValueError(f"costs must be measured and positive, not {compute_s} and {load_s}")
+        slope = 0.0
+        if len(self._ends) > 1:
+            slope = float((self._seconds[-1] - self._seconds[-2]) / (self._ends[-1] - self._ends[-2]))
+        self._beyond = slope  # seconds per token
 
-    def compute_s(self, end: int) -> float:
-        ends, seconds = self._ends, self._seconds
-        if end <= ends[0] or len(ends) == 1:
-            return seconds[0]
-        i = min(bisect_left(ends, end), len(ends) - 1)
-        share = (end - ends[i - 1]) / (ends[i] - ends[i - 1])
-        return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
+    def compute_s(self, end: Any) -> Any:
+        """A number, or an array of them as `end` is."""
+        known = np.interp(end, self._ends, self._seconds)
+        return known + self._beyond * np.maximum(end - self._ends[-1], 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +46,9 @@ class MeasuredCosts:
         return CostTable(self.compute_s, self.load_s[max(self.load_s)] if self.load_s else 0.0)
 
 
-def reload_is_cheaper(costs: CostTable, end: int, share: float) -> bool:
+def reload_is_cheaper(costs: CostTable, end: Any, share: Any) -> Any:
     """Whether to copy a block that ends at token `end`, of which `share` is on the host, rather than to
-    compute that part again.  Both costs are of a block among others, which what they share has been divided
-    among, so each block decides for itself.
+    compute that part again; numbers or arrays alike.  Both costs are of a block among others, which what they
+    share has been divided among, so each block decides for itself.
     """
     return costs.load_s <= costs.compute_s(end) * share

@@ -2,11 +2,12 @@
 
 Life of a table's blocks:
 
-    extend      tokens become known; full blocks are looked up by hash, so equal prefixes share blocks
-    activate    a turn begins to run: its blocks can no longer be evicted
+    extend      tokens become known; full blocks are looked up by name, so equal prefixes share blocks
+    expect      a turn was accepted and waits: what is on the host begins to come back (`load_early`)
+    activate    the turn begins to run: its blocks can no longer be evicted
     schedule    what is on the host begins to be copied to the device; the missing positions before it,
                 ascending, get slots and become runs of a step
-    pin / settle   a step was launched / has ended: what it wrote or copied is valid, unless given up since
+    launch / settle   a step was planned / has ended: what it wrote or copied is valid, unless given up since
     deactivate  the turn ended: everything it holds can be evicted again
 
 An idle conversation therefore never holds an unevictable block, and a block without KV is never an error:
@@ -14,30 +15,47 @@ it is computed again when a turn needs it.
 """
 
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from engine.cache.block import NO_SLOT, Block, BlockMove, BlockTable, Copy, chain_hashes
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.cache.block import (
+    LOADING,
+    NO_BLOCK,
+    NO_NAME,
+    NO_SLOT,
+    NOT_COPIED,
+    BlockIds,
+    BlockMove,
+    Blocks,
+    Copy,
+    Residency,
+    chain_names,
+)
+from engine.cache.block_index import BlockIndex
 from engine.cache.block_pool import BlockPool
+from engine.cache.block_table import BlockTable, BlockTables
 from engine.cache.costs import CostTable
+from engine.cache.eviction import Way
 from engine.cache.policy import Policy
 from engine.cache.tiers import CacheStatistics, Tiers
 from engine.errors import InvariantError
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(NamedTuple):
     """Positions `first` to `first + length` of one table, to be computed in one step."""
 
     first: int
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(NamedTuple):
     """After the step, `block` holds `num_valid` tokens - if it is still of `generation`."""
 
-    block: Block
+    block: int
     generation: int
     num_valid: int
 
@@ -54,7 +72,8 @@ class Scheduled:
 
 class KVCacheManager:
     """`host` is the pool of the host tier, of no slots if there is none.  Without `costs`, loading counts as
-    cheaper than computing.
+    cheaper than computing.  `pipelined`: a step may attend to what it loads itself, because every layer waits
+    for its part of the copies; otherwise it is for later steps.
     """
 
     def __init__(
@@ -64,11 +83,24 @@ class KVCacheManager:
         policy: Policy,
         host: BlockPool | None = None,
         costs: CostTable | None = None,
+        *,
+        pipelined: bool = False,
     ) -> None:
         self.block_size = block_size
-        self._tables: dict[BlockTable, None] = {}
-        self._index: dict[bytes, Block] = {}
-        self.tiers = Tiers(self._tables, device, host or BlockPool(0), block_size, policy, costs)
+        self.blocks = Blocks()
+        self._tables = BlockTables(len(Way))
+        self._index = BlockIndex(self.blocks)
+        self._twins: set[int] = set()  # blocks whose name finds another block, that holds more
+        self.tiers = Tiers(
+            self._tables,
+            self.blocks,
+            device,
+            host or BlockPool(0),
+            block_size,
+            policy,
+            costs,
+            pipelined=pipelined,
+        )
 
     @property
     def pool(self) -> BlockPool:
@@ -78,114 +110,137 @@ class KVCacheManager:
     # -- tables and tokens
 
     def new_table(self, tenant: str, now: float) -> BlockTable:
-        table = BlockTable(tenant)
-        table.last_active = now
-        self._tables[table] = None
-        return table
+        return self._tables.new(tenant, now)
 
     def extend(self, table: BlockTable, tokens: "array[int]") -> None:
         """`tokens` [num_known] is the whole history; what is new beyond `table.num_tokens` gets its
         blocks.
         """
-        size = self.block_size
-        first, num_full = table.num_tokens // size, len(tokens) // size
-        parent = table.blocks[first - 1].hash if first else None
-        table.num_tokens = len(tokens)
-        full = tokens[first * size : num_full * size]
-        for i, block_hash in enumerate(chain_hashes(table.tenant, parent, full, size), first):
-            if i < len(table.blocks):
-                self._name(table, i, block_hash)
-                continue
-            block = self._index.get(block_hash)
-            if block is None:
-                block = self._index[block_hash] = Block(block_hash)
-            self._append(table, block)
-        if len(table.blocks) * size < len(tokens):
-            self._append(table, Block())
+        size, num_tokens = self.block_size, len(tokens)
+        first, num_full = table.num_tokens // size, num_tokens // size
+        table.num_tokens = num_tokens
+        if num_full > first:
+            parent = self.blocks.name_of(table[first - 1]) if first else None
+            full = tokens[first * size : num_full * size]
+            for i, name in enumerate(chain_names(table.tenant, parent, full, size), first):
+                if i < len(table):
+                    self._name(table, i, name)
+                else:
+                    self._append(table, self._named(name))
+        if len(table) * size < num_tokens:
+            self._append(table, self.blocks.new())
 
     def truncate(self, table: BlockTable, num_tokens: int) -> None:
         """Forget what is at `num_tokens` and after.  A shared or full block that is cut is left to its
         other owners and its remaining tokens are computed again; an exclusively owned partial one is kept."""
-        size = self.block_size
-        while len(table.blocks) * size > num_tokens:
-            kept = num_tokens - (len(table.blocks) - 1) * size
-            block = table.blocks[-1]
-            if kept > 0 and block.hash is None:
-                if block.reach > kept:
-                    self.tiers.count(block, -1)
-                    block.generation += 1
-                    block.num_valid = block.num_scheduled = min(block.num_valid, kept)
-                    block.host_valid = min(block.host_valid, kept)
-                    self.tiers.count(block, +1)
+        size, blocks = self.block_size, self.blocks
+        while len(table) * size > num_tokens:
+            kept = num_tokens - (len(table) - 1) * size
+            block = table[len(table) - 1]
+            if kept > 0 and blocks.name_of(block) == NO_NAME:
+                if self.tiers.reach(block) > kept:
+                    self.tiers.count_one(block, -1)
+                    blocks.generation[block] += 1
+                    valid = min(blocks.num_valid.item(block), kept)
+                    blocks.num_valid[block] = blocks.num_scheduled[block] = valid
+                    blocks.host_valid[block] = min(blocks.host_valid.item(block), kept)
+                    self.tiers.count_one(block, +1)
                 break
             self._drop_last(table)
             if kept > 0:
-                self._append(table, Block())
+                self._append(table, blocks.new())
                 break
         table.num_tokens = num_tokens
         table.cursor = min(table.cursor, num_tokens // size)
-        table.passed = [0, 0, 0]
+        table.passed[:] = 0
 
     def release(self, table: BlockTable) -> None:
         """The conversation leaves memory: its blocks go, except those that others share."""
-        while table.blocks:
+        while len(table):
             self._drop_last(table)
-        del self._tables[table]
+        self._tables.remove(table)
 
     def drop(self, table: BlockTable) -> None:
         """Give up all KV of an idle table that nothing else needs now."""
-        for block in table.blocks:
-            if not block.num_active and not block.num_pins:
-                self.tiers.free(block)
+        ids = table.blocks
+        for block in ids[self.tiers.is_idle(ids)].tolist():
+            self.tiers.free(block)
 
     # -- turns
+
+    def expect(self, table: BlockTable, now: float) -> None:
+        """A turn was accepted: until it runs nothing is worth more than its blocks."""
+        self._tables.last_active[table.row] = now
+        self.blocks.last_used[table.blocks] = now
+        self.tiers.became_idle()
+
+    def load_early(self, table: BlockTable, num_tokens: int, at_most: int, now: float) -> int:
+        """Begin to load what is on the host of the first `num_tokens` tokens of a turn that waits, up to
+        `at_most` blocks.  Returns how many.
+        """
+        found = np.flatnonzero(self._to_load(table, 0, num_tokens))[:at_most].tolist()
+        for done, i in enumerate(found):
+            if not self.tiers.begin_load(table[i], now):
+                return done
+            table.fetched.append(table[i])
+        return len(found)
 
     def activate(self, table: BlockTable) -> None:
         if table.is_active:
             raise InvariantError("the table is active already")
-        table.is_active = True
-        table.cursor, table.passed = 0, [0, 0, 0]
-        for i, block in enumerate(table.blocks):
-            twin = self._index.get(block.hash) if block.hash is not None else None
-            if twin is not None and (twin.reach, twin.num_scheduled) > (block.reach, block.num_scheduled):
-                table.blocks[i] = twin
-                twin.num_refs += 1
-                self._set_active(twin, +1)
-                self._unref(block)
-            else:
-                self._set_active(block, +1)
+        if self._twins:
+            self._join_twins(table)
+        ids = table.blocks
+        self.tiers.count(ids, -1)
+        self.blocks.num_active[ids] += 1
+        self._tables.is_active[table.row] = True
+        table.cursor, table.passed[:] = 0, 0
 
     def deactivate(self, table: BlockTable, now: float) -> None:
-        table.is_active = False
-        table.last_active = now
-        for block in table.blocks:
-            block.last_used = now
-            self._set_active(block, -1)
+        ids = table.blocks
+        self._tables.is_active[table.row] = False
+        self._tables.last_active[table.row] = now
+        self.blocks.last_used[ids] = now
+        self.blocks.num_active[ids] -= 1
+        self.tiers.count(ids, +1)
+        table.fetched.clear()
         self.tiers.became_idle()
 
     def num_missing(self, table: BlockTable, num_tokens: int) -> int:
         """Slots that `table` lacks to hold `num_tokens`."""
-        have = sum(block.slot != NO_SLOT for block in table.blocks)
+        have = int(np.count_nonzero(self.blocks.slot[table.blocks] != NO_SLOT))
         return -(-num_tokens // self.block_size) - have
 
-    def num_cached(self, table: BlockTable, num_tokens: int) -> int:
-        """How many of the first `num_tokens` tokens need not be computed: their KV is here, or a planned step
-        writes it.
+    def num_own(self, table: BlockTable) -> int:
+        """Device slots of an idle `table` that could be made free."""
+        ids = table.blocks
+        return int(np.count_nonzero(self.tiers.is_idle(ids) & (self.blocks.slot[ids] != NO_SLOT)))
+
+    def num_scheduled(self, table: BlockTable, num_tokens: int) -> int:
+        """How many of the first `num_tokens` tokens have KV on the device, or will when every planned step
+        has ended.
         """
-        size = self.block_size
-        num_full, rest = divmod(num_tokens, size)
-        blocks = table.blocks[: num_full + 1]
-        num_whole = sum([block.num_scheduled for block in blocks[:num_full]])
-        return num_whole + sum([min(block.num_scheduled, rest) for block in blocks[num_full:]])
+        ids = table.blocks[: -(-num_tokens // self.block_size)]
+        return int(np.minimum(self.blocks.num_scheduled[ids], self._shares(len(ids), num_tokens)).sum())
+
+    def num_cached(self, table: BlockTable, num_tokens: int) -> int:
+        """How many of the first `num_tokens` tokens need neither be computed nor be copied: as
+        `num_scheduled`, without what is on its way from the host or came from there for the turn that waits.
+        """
+        ids = table.blocks[: -(-num_tokens // self.block_size)]
+        tokens = np.minimum(self.blocks.num_scheduled[ids], self._shares(len(ids), num_tokens))
+        return int(tokens[~self._from_host(table, ids)].sum())
 
     def num_reloadable(self, table: BlockTable, num_tokens: int) -> int:
-        """How many of the first `num_tokens` tokens need not be computed because they are on the host."""
-        size = self.block_size
-        return sum(
-            min(block.num_reloadable, num_tokens - i * size)
-            for i, block in enumerate(table.blocks[: -(-num_tokens // size)])
-            if self.tiers.can_reload(block, (i + 1) * size)
-        )
+        """How many of the first `num_tokens` tokens need not be computed because they are, or were when the
+        turn was accepted, on the host.
+        """
+        ids = table.blocks[: -(-num_tokens // self.block_size)]
+        shares = self._shares(len(ids), num_tokens)
+        came = np.where(self._from_host(table, ids), np.minimum(self.blocks.num_scheduled[ids], shares), 0)
+        there = np.minimum(self.tiers.reloadable(ids), shares)
+        there[~self._worth_loading(ids, 0)] = 0
+        return int(np.maximum(came, there).sum())
 
     @property
     def num_available(self) -> int:
@@ -199,9 +254,9 @@ class KVCacheManager:
 
         `num_tokens` may exceed `table.num_tokens` by tokens that a launched step is about to sample.
         Everything before each run is resident or scheduled no later, which is what makes recomputed prefixes
-        exact.
+        exact (Pensieve, section 4.3.4).
         """
-        size = self.block_size
+        size, blocks = self.block_size, self.blocks
         runs: list[Run] = []
         writes: list[Write] = []
         if not self._fetch(table, num_tokens, now):
@@ -211,140 +266,222 @@ class KVCacheManager:
             want = min(size, num_tokens - start)
             if want <= 0:
                 break
-            if table.cursor == len(table.blocks):
-                self._append(table, Block())
-            block = table.blocks[table.cursor]
-            if block.copy is not None and not block.num_scheduled:
+            if table.cursor == len(table):
+                self._append(table, blocks.new())
+            block = table[table.cursor]
+            scheduled = blocks.num_scheduled.item(block)
+            if not scheduled and blocks.copying.item(block) != NOT_COPIED:
                 return Scheduled(runs, writes, waits=True)
-            if block.num_scheduled < want:
-                if block.slot == NO_SLOT and not self.tiers.give_slot(block, now):
+            if scheduled < want:
+                if blocks.slot.item(block) == NO_SLOT and not self.tiers.give_slot(block, now):
                     return Scheduled(runs, writes, out_of_slots=True)
-                first, take = start + block.num_scheduled, min(budget, want - block.num_scheduled)
-                block.num_scheduled += take
+                first, take = start + scheduled, min(budget, want - scheduled)
+                scheduled += take
+                blocks.num_scheduled[block] = scheduled
                 budget -= take
-                writes.append(Write(block, block.generation, block.num_scheduled))
+                writes.append(Write(block, blocks.generation.item(block), scheduled))
                 if runs and runs[-1].first + runs[-1].length == first:
                     runs[-1] = Run(runs[-1].first, runs[-1].length + take)
                 else:
                     runs.append(Run(first, take))
-            if block.num_scheduled < size:
+            if scheduled < size:
                 break
             table.cursor += 1
         return Scheduled(runs, writes)
 
-    def slots(self, table: BlockTable, num_tokens: int) -> list[int]:
-        """The device block of each block of the first `num_tokens` tokens."""
-        return [block.slot for block in table.blocks[: -(-num_tokens // self.block_size)]]
+    def slots(self, table: BlockTable, num_tokens: int) -> NDArray[np.int32]:
+        """[num_blocks]: the device slot of each block of the first `num_tokens` tokens."""
+        return self.blocks.slot[table.blocks[: -(-num_tokens // self.block_size)]]
 
     def store_ahead(self, now: float) -> None:
         """Begin to copy idle blocks to the host if slots are about to run out."""
         self.tiers.store_ahead(now)
 
-    def take_copies(self) -> tuple[Copy, ...]:
-        """The copies that the step which is planned now must make before it computes: stores, then loads."""
-        return self.tiers.take_begun()
+    @property
+    def has_begun_copies(self) -> bool:
+        """The next step must make some."""
+        return self.tiers.has_begun
 
-    def pin(self, blocks: Sequence[Block]) -> None:
-        self.tiers.pin(blocks)
+    def launch(self, ids: BlockIds) -> tuple[int, tuple[Copy, ...]]:
+        """A step is planned that touches `ids`, which may repeat.  Returns its number, by which it is to be
+        settled, and the copies that it must make.  Steps are settled in the order of planning.
+        """
+        return self.tiers.launch(ids)
 
     def settle(
         self,
-        blocks: Sequence[Block],
-        writes: Sequence[Write],
+        number: int,
+        ids: BlockIds,
+        writes: Iterable[Write],
         copies: Sequence[Copy] = (),
         failed: Collection[BlockMove] = (),
     ) -> list[Copy]:
-        """A step has ended well: what it wrote and copied is valid, but for the moves that `failed`.  Returns
-        the copies with which KV was lost.
+        """A step has ended: what it wrote and copied is valid, but for the moves that `failed`.  Returns the
+        copies with which KV was lost.
         """
-        for write in writes:
-            if write.block.generation == write.generation:
-                write.block.num_valid = max(write.block.num_valid, write.num_valid)
-        self.tiers.unpin(blocks)
-        return self.tiers.settle(copies, failed)
+        blocks = self.blocks
+        for block, generation, num_valid in writes:
+            if blocks.generation.item(block) == generation and blocks.num_valid.item(block) < num_valid:
+                self.tiers.count_one(block, -1)
+                blocks.num_valid[block] = num_valid
+                self.tiers.count_one(block, +1)
+        return self.tiers.settle(number, ids, copies, failed)
+
+    def void(self, writes: Iterable[Write]) -> None:
+        """What a launched step was to write is worth nothing: it read KV that a copy had not brought."""
+        blocks = self.blocks
+        for block, generation, _ in writes:
+            if blocks.generation.item(block) == generation:
+                blocks.num_scheduled[block] = blocks.num_valid[block]
 
     # -- looking in
 
     def statistics(self) -> CacheStatistics:
         return self.tiers.statistics()
 
+    def residency(self, table: BlockTable) -> list[Residency]:
+        """Of each block."""
+        return [self.blocks.residency(block) for block in table.blocks.tolist()]
+
     def check(self) -> None:
         """Every slot is free or owned by exactly one block, and every count is what the tables say.  Raises
         InvariantError.
         """
-        refs: dict[Block, int] = {}
-        active: dict[Block, int] = {}
+        blocks, count = self.blocks, len(self.blocks.slot)
+        refs, active = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        wrong: NDArray[np.bool_]
         for table in self._tables:
-            if len(table.blocks) * self.block_size < table.num_tokens:
-                raise InvariantError(f"{table.num_tokens} tokens do not fit {len(table.blocks)} blocks")
-            for block in table.blocks:
-                refs[block] = refs.get(block, 0) + 1
-                active[block] = active.get(block, 0) + table.is_active
-        for block, count in refs.items():
-            if (block.num_refs, block.num_active) != (count, active[block]):
-                raise InvariantError(f"{block!r} is named by {count} tables, {active[block]} of them active")
-            if not 0 <= block.num_valid <= block.num_scheduled <= self.block_size:
-                raise InvariantError(f"{block!r} has impossible lengths")
-        for block_hash, block in self._index.items():
-            if block.hash != block_hash or block not in refs:
-                raise InvariantError(f"the index knows {block!r}, which no table names")
-        self.tiers.check(refs)
+            if len(table) * self.block_size < table.num_tokens:
+                raise InvariantError(f"{table.num_tokens} tokens do not fit {len(table)} blocks")
+            refs[table.blocks] += 1
+            active[table.blocks] += table.is_active
+        named = np.flatnonzero(refs).astype(np.int32)
+        for wrong, what in (
+            ((blocks.num_refs != refs) | (blocks.num_active != active), "is counted wrongly by its tables"),
+            (
+                (blocks.num_valid < 0)
+                | (blocks.num_scheduled < blocks.num_valid)
+                | (blocks.num_scheduled > self.block_size),
+                "has impossible lengths",
+            ),
+        ):
+            for block in np.flatnonzero(wrong).tolist():
+                raise InvariantError(
+                    f"{blocks.describe(block)} {what}: {refs[block]} name it, {active[block]} of them active"
+                )
+        for block in self._index.named():
+            if not refs[block] or self._index.find(blocks.name_of(block)) != block:
+                raise InvariantError(f"the index knows {blocks.describe(block)}, which no table names")
+        self.tiers.check(named)
 
     # -- private
 
-    def _append(self, table: BlockTable, block: Block) -> None:
-        table.blocks.append(block)
-        block.num_refs += 1
-        block.last_used = max(block.last_used, table.last_active)
+    def _shares(self, num_blocks: int, num_tokens: int) -> NDArray[np.int64]:
+        """Of the first `num_tokens` tokens, how many are in each block."""
+        return np.minimum(num_tokens - np.arange(num_blocks) * self.block_size, self.block_size)
+
+    def _from_host(self, table: BlockTable, ids: BlockIds) -> NDArray[np.bool_]:
+        """Which of `ids` are on their way from the host, or were loaded for the turn that waits."""
+        loading: NDArray[np.bool_] = self.blocks.copying[ids] == LOADING
+        return loading | np.isin(ids, table.fetched) if table.fetched else loading
+
+    def _worth_loading(self, ids: BlockIds, first: int) -> NDArray[np.bool_]:
+        """Of consecutive blocks from number `first` on, which come from the host when they are needed."""
+        ends = (np.arange(first, first + len(ids)) + 1) * self.block_size
+        return self.tiers.worth_loading(self.tiers.reloadable(ids), ends)
+
+    def _to_load(self, table: BlockTable, first: int, num_tokens: int) -> NDArray[np.bool_]:
+        """Of the blocks from number `first` on, which are to be loaded now."""
+        ids = table.blocks[first : -(-num_tokens // self.block_size)]
+        there: NDArray[np.bool_] = (self.blocks.host_valid[ids] > 0) & (
+            self.blocks.copying[ids] == NOT_COPIED
+        )
+        there &= self.blocks.num_scheduled[ids] == 0
+        return there & self._worth_loading(ids, first) if there.any() else there
+
+    def _fetch(self, table: BlockTable, num_tokens: int, now: float) -> bool:
+        """Begin to load what is on the host of the first `num_tokens` tokens; False if slots ran out."""
+        first = table.cursor
+        if not self.tiers.host.num_slots or first >= len(table):
+            return True
+        for i in np.flatnonzero(self._to_load(table, first, num_tokens)).tolist():
+            if not self.tiers.begin_load(table[first + i], now):
+                return False
+        return True
+
+    def _named(self, name: bytes) -> int:
+        """The block of that name, which may be new."""
+        block = self._index.find(name)
+        if block == NO_BLOCK:
+            block = self.blocks.new()
+            self._set_name(block, name)
+        return block
+
+    def _set_name(self, block: int, name: bytes) -> None:
+        self.blocks.set_name(block, name)
+        self._index.put(name, block)
+
+    def _append(self, table: BlockTable, block: int) -> None:
+        table.append(block)
+        blocks = self.blocks
+        blocks.num_refs[block] += 1
+        blocks.last_used[block] = max(blocks.last_used.item(block), table.last_active)
         if table.is_active:
             self._set_active(block, +1)
 
     def _drop_last(self, table: BlockTable) -> None:
-        block = table.blocks.pop()
+        block = table.pop()
         if table.is_active:
             self._set_active(block, -1)
         self._unref(block)
 
-    def _unref(self, block: Block) -> None:
-        block.num_refs -= 1
-        if block.num_refs:
+    def _unref(self, block: int) -> None:
+        self.blocks.num_refs[block] -= 1
+        if self.blocks.num_refs.item(block):
             return
-        if block.hash is not None and self._index.get(block.hash) is block:
-            del self._index[block.hash]
-        self.tiers.free(block)
+        name = self.blocks.name_of(block)
+        if name != NO_NAME and self._index.find(name) == block:
+            self._index.remove(name)
+        self._twins.discard(block)
+        self.blocks.last_used[block] = 0.0
+        self.tiers.retire(block)
 
-    def _name(self, table: BlockTable, i: int, block_hash: bytes) -> None:
+    def _name(self, table: BlockTable, i: int, name: bytes) -> None:
         """The block at `i` has become full of known tokens: share it, or take the one that another table
         has.
         """
-        mine, known = table.blocks[i], self._index.get(block_hash)
-        if mine.hash is not None:
+        mine, known = table[i], self._index.find(name)
+        if self.blocks.name_of(mine) != NO_NAME:
             raise InvariantError(f"block {i} was named before")
-        if known is None:
-            mine.hash = block_hash
-            self._index[block_hash] = mine
-        elif known.num_scheduled >= mine.num_scheduled:
-            table.blocks[i] = known
-            known.num_refs += 1
-            if table.is_active:
-                self._set_active(known, +1)
-                self._set_active(mine, -1)
-            self._unref(mine)
+        if known == NO_BLOCK:
+            self._set_name(mine, name)
+        elif self.blocks.num_scheduled[known] >= self.blocks.num_scheduled[mine]:
+            self._replace(table, i, known)
         else:  # theirs holds less than mine: mine is the one to find, and `activate` lets them change over
-            mine.hash = block_hash
-            self._index[block_hash] = mine
+            self._twins.add(known)
+            self._set_name(mine, name)
 
-    def _set_active(self, block: Block, by: int) -> None:
-        self.tiers.count(block, -1)
-        block.num_active += by
-        self.tiers.count(block, +1)
+    def _join_twins(self, table: BlockTable) -> None:
+        for i, block in enumerate(table.blocks.tolist()):
+            if block in self._twins:
+                twin = self._index.find(self.blocks.name_of(block))
+                if twin != NO_BLOCK and self._holds(twin) > self._holds(block):
+                    self._replace(table, i, twin)
 
-    def _fetch(self, table: BlockTable, num_tokens: int, now: float) -> bool:
-        """Begin to load what is on the host of the first `num_tokens` tokens; False if slots ran out."""
-        size = self.block_size
-        for i in range(table.cursor, min(len(table.blocks), -(-num_tokens // size))):
-            block = table.blocks[i]
-            if block.host_valid and block.copy is None and self.tiers.can_reload(block, (i + 1) * size):
-                if not self.tiers.begin_load(block, now):
-                    return False
-        return True
+    def _holds(self, block: int) -> tuple[int, int]:
+        return self.tiers.reach(block), self.blocks.num_scheduled.item(block)
+
+    def _replace(self, table: BlockTable, i: int, by: int) -> None:
+        """Go on with block `by`, which has the same tokens, in the place of the one at `i`."""
+        mine = table[i]
+        table[i] = by
+        self.blocks.num_refs[by] += 1
+        if table.is_active:
+            self._set_active(by, +1)
+            self._set_active(mine, -1)
+        self._unref(mine)
+
+    def _set_active(self, block: int, by: int) -> None:
+        self.tiers.count_one(block, -1)
+        self.blocks.num_active[block] += by
+        self.tiers.count_one(block, +1)

@@ -4,19 +4,29 @@ The manager decides what *may* go (nothing a running turn or a launched step nee
 The same order empties the device tier into the host tier, and the host tier into nothing.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
 
 from engine.cache.costs import CostTable
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """`value(end, idle_s)` is the worth of keeping the block that ends at token `end` of a conversation that
-    has been idle so long.  Within a conversation blocks go in order, from the first or from the last on.
+class Value(Protocol):
+    """Numbers or arrays of them alike: the worth of keeping the block that ends at token `end` of a
+    conversation that has been idle for `idle_s` seconds.
     """
 
-    value: Callable[[int, float], float]
+    def __call__(self, end: Any, idle_s: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Within a conversation blocks go in order, from the first or from the last on; their values never fall
+    in that order.
+    """
+
+    value: Value
     from_tail: bool = False
 
 
@@ -29,7 +39,7 @@ lru_tail = Policy(lambda end, idle_s: -idle_s, from_tail=True)
 
 def retention(costs: CostTable) -> Policy:
     """Cost of computing the block again over idle time (Pensieve, section 4.3.1)."""
-    return Policy(lambda end, idle_s: costs.compute_s(end) / max(idle_s, 1e-9))
+    return Policy(lambda end, idle_s: costs.compute_s(end) / np.maximum(idle_s, 1e-9))
 
 
 def policy_named(name: str, costs: CostTable | None) -> Policy:

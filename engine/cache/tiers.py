@@ -1,18 +1,22 @@
 """The slots of two tiers and who is in them: the one writer of residency.
 
 A block's copy between the tiers is begun here, belongs to the step that is planned next, and is committed or
-rolled back when that step has ended; until then the block is pinned.  A stored block stays valid on the
-device until its slot is handed out (lazy reclamation).  With a host tier of no slots, leaving the device is
-leaving altogether.
+rolled back when that step has ended; until then nothing may evict the block.  A stored block stays valid on
+the device until its slot is handed out (lazy reclamation).  With a host tier of no slots, leaving the device
+is leaving altogether.
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from engine.cache.block import NO_SLOT, Block, BlockMove, BlockTable, Copy
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.cache.block import LOADING, NO_SLOT, NOT_COPIED, STORING, BlockIds, BlockMove, Blocks, Copy
 from engine.cache.block_pool import BlockPool
+from engine.cache.block_table import BlockTables
 from engine.cache.costs import CostTable, reload_is_cheaper
 from engine.cache.eviction import Way, lowest_first, may_go
 from engine.cache.policy import Policy
@@ -22,6 +26,8 @@ STORE_BELOW = 0.25
 """Share of the device slots: blocks are copied to the host ahead of time while fewer are free or clean."""
 STORE_ANYWAY_BELOW = 0.1
 """While blocks are loaded, none are stored, unless fewer than this are free or clean."""
+RANKED_FOR_S = 1.0
+"""So long an order of values is good for, unless a conversation has become idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +46,42 @@ class CacheStatistics:
     num_failed_copies: int
 
 
+class _Ranked:
+    """What goes one way next, ranked once for several uses: value, block and its generation."""
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[float, int, int]] = deque()
+        self.at = -1.0  # the time of the ranking
+
+
 class Tiers:
     def __init__(
         self,
-        tables: Iterable[BlockTable],
+        tables: BlockTables,
+        blocks: Blocks,
         device: BlockPool,
         host: BlockPool,
         block_size: int,
         policy: Policy,
         costs: CostTable | None,
+        *,
+        pipelined: bool,
     ) -> None:
+        """`pipelined`: what is loaded may be attended to in the same step."""
         self.device, self.host = device, host
         self.policy = policy
-        self._tables = tables  # of all conversations in memory, as they are when it is iterated over
+        self.settled = 0  # number of the last step that has ended
+        self._launched = 0  # number of the last step that was planned
+        self._tables, self._blocks = tables, blocks
         self._block_size = block_size
         self._costs = costs  # None: loading is always cheaper
-        self._begun: list[Copy] = []  # for the next step
-        self._leaving: set[Block] = set()  # named by no table, but a launched step still touches them
+        self._pipelined = pipelined
+        self._copies: dict[int, Copy] = {}  # by block, begun and not yet ended
+        self._begun: list[Copy] = []  # those of them for the next step
+        self._leaving: set[int] = set()  # named by no table, but a launched step still touches them
         self._num_evictable = self._num_clean = self._num_host_evictable = self._num_storing = 0
         self._num_evicted = self._num_stored = self._num_loaded = self._num_failed = 0
-        self._to_store: deque[tuple[float, Block]] = deque()  # ranked once for several steps
-        self._ranked_at = 0.0
+        self._ranked = {way: _Ranked() for way in Way}
         self._may_store = True  # False: the host refused or a copy failed, and nothing has become idle since
 
     # -- counts
@@ -75,16 +96,36 @@ class Tiers:
         """Device slots that can be made free at no cost: their blocks are on the host as well."""
         return self._num_clean
 
-    def count(self, block: Block, by: int) -> None:
-        """Around every change to a block: first with -1, then with +1."""
-        if block.num_active or block.num_pins:
+    def count(self, ids: BlockIds, by: int) -> None:
+        """Around every change to `ids`, which must all differ: first with -1, then with +1."""
+        idle = ids[self.is_idle(ids)]
+        if not len(idle):
             return
-        if block.slot != NO_SLOT:
+        blocks = self._blocks
+        on_device = blocks.slot[idle] != NO_SLOT
+        is_clean = blocks.host_valid[idle] >= blocks.num_valid[idle]
+        self._num_evictable += by * int(np.count_nonzero(on_device))
+        self._num_clean += by * int(np.count_nonzero(on_device & is_clean))
+        self._num_host_evictable += by * int(np.count_nonzero(blocks.host_slot[idle] != NO_SLOT))
+
+    def count_one(self, block: int, by: int) -> None:
+        if not self._is_idle_one(block):
+            return
+        blocks = self._blocks
+        if blocks.slot.item(block) != NO_SLOT:
             self._num_evictable += by
-            if block.host_valid >= block.num_valid:
+            if blocks.host_valid.item(block) >= blocks.num_valid.item(block):
                 self._num_clean += by
-        if block.host_slot != NO_SLOT:
+        if blocks.host_slot.item(block) != NO_SLOT:
             self._num_host_evictable += by
+
+    def is_idle(self, ids: BlockIds) -> NDArray[np.bool_]:
+        """No running turn and no launched step needs them."""
+        idle: NDArray[np.bool_] = self._blocks.num_active[ids] == 0
+        return idle & (self._blocks.last_step[ids] <= self.settled)
+
+    def _is_idle_one(self, block: int) -> bool:
+        return not self._blocks.num_active.item(block) and self._blocks.last_step.item(block) <= self.settled
 
     def statistics(self) -> CacheStatistics:
         return CacheStatistics(
@@ -100,252 +141,334 @@ class Tiers:
             self._num_failed,
         )
 
-    # -- pins
+    # -- steps
 
-    def pin(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
-            if not block.num_active:
-                self.count(block, -1)
-            block.num_pins += 1
+    def launch(self, ids: BlockIds) -> tuple[int, tuple[Copy, ...]]:
+        """A step is planned that touches `ids`, which may repeat: until it is settled nothing evicts them.
+        Returns its number and the copies that it must make: those that have begun since the last one.
+        """
+        idle = ids[self.is_idle(ids)]
+        if len(idle):
+            self.count(np.unique(idle), -1)
+        self._launched += 1
+        self._blocks.last_step[ids] = self._launched
+        begun, self._begun = tuple(self._begun), []
+        return self._launched, begun
 
-    def unpin(self, blocks: Iterable[Block]) -> None:
-        for block in blocks:
-            block.num_pins -= 1
-            if not block.num_active:
-                self.count(block, +1)
-            if not block.num_pins and block in self._leaving:
-                self._leaving.remove(block)
-                self.free(block)
+    def settle(
+        self, number: int, ids: BlockIds, copies: Sequence[Copy], failed: Collection[BlockMove]
+    ) -> list[Copy]:
+        """The step has ended: its copies are committed, or rolled back.  Returns those with which KV was
+        lost.
+        """
+        lost = [copy for copy in copies if not self._end(copy, copy.move not in failed)]
+        self._num_evicted += len(lost)
+        touched = np.concatenate((ids, np.array([copy.block for copy in copies], np.int32)))
+        touched = touched[
+            (self._blocks.num_active[touched] == 0) & (self._blocks.last_step[touched] == number)
+        ]
+        self.settled = number
+        if len(touched):
+            self.count(np.unique(touched), +1)
+        for block in [block for block in self._leaving if self._blocks.last_step.item(block) <= number]:
+            self._leaving.remove(block)
+            self.free(block)
+            self._blocks.retire(block)
+        return lost
+
+    def _end(self, copy: Copy, ok: bool) -> bool:
+        """Returns whether the KV is where the copy brought it, or still where it was."""
+        blocks, block = self._blocks, copy.block
+        del self._copies[block]
+        blocks.copying[block] = NOT_COPIED
+        if not ok:
+            self._num_failed += 1
+            self._may_store = False  # not over and over
+        current = blocks.generation.item(block) == copy.generation
+        if copy.is_load:
+            if ok and current:
+                blocks.num_valid[block] = max(blocks.num_valid.item(block), copy.num_tokens)
+                blocks.num_scheduled[block] = max(blocks.num_scheduled.item(block), copy.num_tokens)
+                self._num_loaded += 1
+            elif not ok:
+                blocks.num_valid[block] = blocks.num_scheduled[block] = blocks.host_valid[block] = 0
+                blocks.generation[block] += 1
+                self._give_back_host_slot(block)
+            return ok
+        self._num_storing -= 1
+        if ok and current:
+            blocks.host_valid[block] = copy.num_tokens
+            self._num_stored += 1
+            return True
+        self._give_back_host_slot(block)
+        return blocks.slot.item(block) != NO_SLOT
 
     # -- slots
 
-    def give_slot(self, block: Block, now: float) -> bool:
+    def give_slot(self, block: int, now: float) -> bool:
         """A device slot for `block`, at the expense of idle ones; False if there is none."""
         slot = self.device.take()
         if slot is None and self._make_room(now):
             slot = self.device.take()
         if slot is None:
             return False
-        self.count(block, -1)
-        block.slot = slot
-        self.count(block, +1)
+        self.count_one(block, -1)
+        self._blocks.slot[block] = slot
+        self.count_one(block, +1)
         return True
 
-    def free(self, block: Block) -> None:
-        """Nobody needs what `block` holds, on any tier, or nobody will once the step has ended."""
-        if block.num_pins:
+    def free(self, block: int) -> None:
+        """Nobody needs what `block` holds, on any tier."""
+        self._free_slot(block)
+        self._free_host_slot(block)
+
+    def retire(self, block: int) -> None:
+        """No table names `block` any more: free it now, or when the steps that touch it have ended."""
+        if self._blocks.last_step.item(block) > self.settled:
             self._leaving.add(block)
         else:
-            self._free_slot(block)
-            self._free_host_slot(block)
+            self.free(block)
+            self._blocks.retire(block)
 
     def became_idle(self) -> None:
+        """A conversation's blocks can be evicted from now on."""
         self._may_store = True
+        for ranked in self._ranked.values():
+            ranked.queue.clear()
 
     # -- copies
 
-    def can_reload(self, block: Block, end: int) -> bool:
-        """Whether the KV of a block that ends at token `end` comes from the host when it is needed."""
-        num_tokens = block.num_reloadable
-        if not num_tokens:
-            return False
-        share = num_tokens / self._block_size
-        return self._costs is None or reload_is_cheaper(self._costs, end, share)
+    def reloadable(self, ids: BlockIds) -> NDArray[np.int64]:
+        """Tokens of each block that are on the host, or on their way, and not on the device."""
+        blocks = self._blocks
+        copying = blocks.copying[ids]
+        tokens = np.where(blocks.num_scheduled[ids] == 0, blocks.host_valid[ids], 0).astype(np.int64)
+        for at in np.flatnonzero(copying):
+            if copying[at] == LOADING or not blocks.num_scheduled.item(ids[at]):
+                tokens[at] = self._copies[ids.item(at)].num_tokens
+        return tokens
 
-    def begin_load(self, block: Block, now: float) -> bool:
+    def reach(self, block: int) -> int:
+        """Tokens that hold KV somewhere, or will."""
+        copy = self._copies.get(block)
+        on_device, on_host = self._blocks.num_scheduled.item(block), self._blocks.host_valid.item(block)
+        return max(on_device, on_host, 0 if copy is None else copy.num_tokens)
+
+    def worth_loading(self, tokens: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether blocks of which `tokens` are on the host, and which end at `ends`, come from there."""
+        if self._costs is None:
+            return tokens > 0
+        cheaper: NDArray[np.bool_] = reload_is_cheaper(self._costs, ends, tokens / self._block_size)
+        return cheaper & (tokens > 0)
+
+    @property
+    def has_begun(self) -> bool:
+        """There are copies that the next step must make."""
+        return bool(self._begun)
+
+    def begin_load(self, block: int, now: float) -> bool:
         """Copy the block to the device in the next step; False if there is no slot for it."""
-        if block.slot == NO_SLOT and not self.give_slot(block, now):
+        blocks = self._blocks
+        if blocks.slot.item(block) == NO_SLOT and not self.give_slot(block, now):
             return False
-        self._begin(block, block.host_valid, BlockMove(block.slot, block.host_slot), is_load=True)
+        num_tokens = blocks.host_valid.item(block)
+        move = BlockMove(blocks.slot.item(block), blocks.host_slot.item(block))
+        self._begin(block, num_tokens, move, LOADING)
+        if self._pipelined:
+            blocks.num_scheduled[block] = num_tokens
         return True
 
     def store_ahead(self, now: float) -> None:
         """Begin to copy the least valuable idle blocks to the host if few slots are free or clean."""
         num_slots = self.device.num_slots
         free = self.device.num_free + self._num_clean + self._num_storing
-        loads = any(copy.is_load for copy in self._begun)
-        threshold = STORE_ANYWAY_BELOW if loads else STORE_BELOW
-        if not self._may_store or not self.host.num_slots or free >= threshold * num_slots:
+        if not self._may_store or not self.host.num_slots or free >= STORE_BELOW * num_slots:
+            return
+        if free >= STORE_ANYWAY_BELOW * num_slots and any(copy.is_load for copy in self._copies.values()):
             return
         left = min(int(STORE_BELOW * num_slots) + 1 - free, max(1, num_slots // 32))
-        while left:
-            if not self._to_store:
-                ranked = lowest_first(self._tables, Way.TO_HOST, self.policy, self._block_size, now)
-                self._to_store.extend(islice(ranked, max(1, num_slots // 64)))
-                self._ranked_at = now
-            if not self._to_store:
-                self._may_store = False
+        for value, block in self._lowest(Way.TO_HOST, now):
+            if not self._begin_store(block, value, now):
+                break
+            left -= 1
+            if not left:
                 return
-            value, block = self._to_store.popleft()
-            if may_go(block, Way.TO_HOST) and block.last_used <= self._ranked_at:
-                if not self._begin_store(block, value, now):
-                    self._may_store = False
-                    return
-                left -= 1
-
-    def take_begun(self) -> tuple[Copy, ...]:
-        """The copies that have begun since the last call: the step that is planned now must make them."""
-        begun, self._begun = tuple(self._begun), []
-        return begun
-
-    def settle(self, copies: Sequence[Copy], failed: Collection[BlockMove]) -> list[Copy]:
-        """Commit copies whose step has ended, or roll them back.  Returns those with which KV was lost."""
-        lost = []
-        for copy in copies:
-            block, ok = copy.block, copy.move not in failed
-            block.copy = None
-            if not ok:
-                self._num_failed += 1
-                self._may_store = False  # not over and over
-            current = block.generation == copy.generation
-            if copy.is_load and ok and current:
-                block.num_valid = block.num_scheduled = copy.num_tokens
-                self._num_loaded += 1
-            elif copy.is_load and not ok:
-                block.host_valid = 0
-                self._give_back_host_slot(block)
-                lost.append(copy)
-            elif not copy.is_load:
-                self._num_storing -= 1
-                if ok and current:
-                    block.host_valid = copy.num_tokens
-                    self._num_stored += 1
-                else:
-                    self._give_back_host_slot(block)
-                    if block.slot == NO_SLOT:
-                        lost.append(copy)
-            self.unpin([block])
-        self._num_evicted += len(lost)
-        return lost
+        self._may_store = False
 
     # -- looking in
 
-    def check(self, named: Collection[Block]) -> None:
-        """`named` are the blocks that tables name.  Raises InvariantError."""
-        blocks = [*named, *self._leaving]
-        for tier, pool, owned in (
-            ("device", self.device, [block.slot for block in blocks if block.slot != NO_SLOT]),
-            ("host", self.host, [block.host_slot for block in blocks if block.host_slot != NO_SLOT]),
+    def check(self, named: BlockIds) -> None:
+        """`named` are the blocks that tables name, each once.  Raises InvariantError."""
+        blocks = self._blocks
+        every = np.concatenate((named, np.array(sorted(self._leaving), np.int32)))
+        for tier, pool, slots in (
+            ("device", self.device, blocks.slot[every]),
+            ("host", self.host, blocks.host_slot[every]),
         ):
-            if len(set(owned)) != len(owned) or len(owned) + pool.num_free != pool.num_slots:
+            owned = slots[slots != NO_SLOT]
+            if len(np.unique(owned)) != len(owned) or len(owned) + pool.num_free != pool.num_slots:
                 raise InvariantError(
                     f"{len(owned)} {tier} slots owned, {pool.num_free} free, {pool.num_slots} in all"
                 )
-        for block in blocks:
-            if (block.slot == NO_SLOT and block.num_scheduled) or (
-                block.host_slot == NO_SLOT and block.host_valid
-            ):
-                raise InvariantError(f"{block!r} claims KV without a slot")
-            if block.copy is not None and not block.num_pins:
-                raise InvariantError(f"{block!r} is copied without a pin")
+        no_slot = (blocks.slot[every] == NO_SLOT) & (blocks.num_scheduled[every] > 0)
+        no_slot |= (blocks.host_slot[every] == NO_SLOT) & (blocks.host_valid[every] > 0)
+        for block in every[no_slot]:
+            raise InvariantError(f"{blocks.describe(block)} claims KV without a slot")
+        for block in every[(blocks.copying[every] != NOT_COPIED) & (blocks.last_step[every] <= self.settled)]:
+            raise InvariantError(f"{blocks.describe(block)} is copied by no step")
+        if set(every[blocks.copying[every] != NOT_COPIED].tolist()) != set(self._copies):
+            raise InvariantError(f"copies are on their way of {sorted(self._copies)}, blocks know of others")
         counted = (self._num_evictable, self._num_clean, self._num_host_evictable)
-        found = (
-            sum(block.evictable for block in named),
-            sum(block.evictable and block.clean for block in named),
-            sum(block.evictable_from_host for block in named),
+        found = tuple(
+            int(np.count_nonzero(may_go(blocks, named, way, self.settled)))
+            for way in (Way.OFF_DEVICE, Way.OFF_DEVICE_AT_NO_COST, Way.OFF_HOST)
         )
         if counted != found:
             raise InvariantError(f"evictable, clean, evictable from host: counted {counted}, found {found}")
 
     # -- private
 
+    def _lowest(self, way: Way, now: float) -> Iterator[tuple[float, int]]:
+        """Values and blocks that may go, lowest first; those that are not taken will be found again."""
+        ranked, blocks = self._ranked[way], self._blocks
+        while True:
+            if not ranked.queue or now - ranked.at > RANKED_FOR_S:
+                at_once = max(64, self.device.num_slots // 64)
+                lowest = lowest_first(
+                    self._tables, blocks, way, self.policy, self._block_size, now, self.settled
+                )
+                ranked.queue = deque(
+                    (value, block, blocks.generation.item(block))
+                    for value, block in islice(lowest, min(at_once, self._num_that_may_go(way)))
+                )
+                ranked.at = now
+            if not ranked.queue:
+                return
+            value, block, generation = ranked.queue.popleft()
+            if blocks.generation.item(block) == generation and self._may_go(block, way):
+                yield value, block
+
+    def _num_that_may_go(self, way: Way) -> int:
+        return {
+            Way.OFF_DEVICE: self._num_evictable,
+            Way.OFF_DEVICE_AT_NO_COST: self._num_clean,
+            Way.TO_HOST: self._num_evictable - self._num_clean,
+            Way.OFF_HOST: self._num_host_evictable,
+        }[way]
+
+    def _may_go(self, block: int, way: Way) -> bool:
+        """As `eviction.may_go`, of one block."""
+        blocks = self._blocks
+        if not self._is_idle_one(block):
+            return False
+        if way is Way.OFF_HOST:
+            return blocks.host_slot.item(block) != NO_SLOT
+        is_clean = blocks.host_valid.item(block) >= blocks.num_valid.item(block)
+        wanted = way is Way.OFF_DEVICE or is_clean == (way is Way.OFF_DEVICE_AT_NO_COST)
+        return wanted and blocks.slot.item(block) != NO_SLOT
+
     def _make_room(self, now: float) -> bool:
-        """Empty a few device slots at once, so that ranking costs little per block: clean ones as long as
-        there are any, else those of the least valuable blocks, which go to the host if it takes them.
+        """Empty a few device slots at once: clean ones as long as there are any, else those of the least
+        valuable blocks, which go to the host if it takes them.
         """
         left = max(1, self.device.num_slots // 64)
-        only_clean = self._num_clean > 0
-        left = min(left, self._num_clean if only_clean else self._num_evictable)
+        way = Way.OFF_DEVICE_AT_NO_COST if self._num_clean else Way.OFF_DEVICE
+        left = min(left, self._num_clean or self._num_evictable)
         if not left:
             return False
-        for value, block in lowest_first(self._tables, Way.OFF_DEVICE, self.policy, self._block_size, now):
-            if not may_go(block, Way.OFF_DEVICE) or (only_clean and not block.clean):
-                continue
-            if block.clean:
+        for value, block in self._lowest(way, now):
+            if way is Way.OFF_DEVICE_AT_NO_COST:
                 self._free_slot(block)
             elif not self._begin_store(block, value, now, leaves=True):
                 self._num_evicted += 1
-                self._free_slot(block)
-                self._free_host_slot(block)  # at most a part of it
+                self.free(block)  # on the host there is at most a part of it
             left -= 1
             if not left:
                 return True
         raise InvariantError(f"{left} more blocks were counted as evictable than were found")
 
-    def _begin_store(self, block: Block, value: float, now: float, leaves: bool = False) -> bool:
+    def _begin_store(self, block: int, value: float, now: float, leaves: bool = False) -> bool:
         """Copy the block to the host in the next step, in which its device slot serves another if it
         `leaves`: a step stores before it does anything else.  False if what the host holds is worth more.
         """
-        if block.host_slot == NO_SLOT and not self._take_host_slot(block, value, now):
+        blocks = self._blocks
+        if blocks.host_slot.item(block) == NO_SLOT and not self._take_host_slot(block, value, now):
             return False
-        self.count(block, -1)
-        block.host_valid = 0
-        self.count(block, +1)
-        move, num_tokens = BlockMove(block.slot, block.host_slot), block.num_valid
+        self.count_one(block, -1)
+        blocks.host_valid[block] = 0
+        self.count_one(block, +1)
+        move = BlockMove(blocks.slot.item(block), blocks.host_slot.item(block))
+        num_tokens = blocks.num_valid.item(block)
         if leaves:
             self._free_slot(block)
         self._num_storing += 1
-        self._begin(block, num_tokens, move, is_load=False)
+        self._begin(block, num_tokens, move, STORING)
         return True
 
-    def _begin(self, block: Block, num_tokens: int, move: BlockMove, *, is_load: bool) -> None:
-        self.pin([block])
-        block.copy = Copy(block, block.generation, num_tokens, move, is_load)
-        self._begun.append(block.copy)
+    def _begin(self, block: int, num_tokens: int, move: BlockMove, copying: int) -> None:
+        self.count_one(block, -1)
+        self._blocks.last_step[block] = self._launched + 1
+        self._blocks.copying[block] = copying
+        generation = self._blocks.generation.item(block)
+        self._copies[block] = copy = Copy(block, generation, num_tokens, move, copying == LOADING)
+        self._begun.append(copy)
 
-    def _take_host_slot(self, block: Block, value: float, now: float) -> bool:
+    def _take_host_slot(self, block: int, value: float, now: float) -> bool:
         slot = self.host.take()
         if slot is None:
             self._make_host_room(value, now)
             slot = self.host.take()
         if slot is None:
             return False
-        self.count(block, -1)
-        block.host_slot = slot
-        self.count(block, +1)
+        self.count_one(block, -1)
+        self._blocks.host_slot[block] = slot
+        self.count_one(block, +1)
         return True
 
     def _make_host_room(self, value: float, now: float) -> None:
         """Empty a few host slots: second copies of what running turns hold on the device, then idle blocks
         that are worth less than `value`.
         """
-        left = max(1, self.host.num_slots // 64)
-        for table in self._tables:
-            for block in table.blocks if table.is_active else ():
-                if block.host_slot != NO_SLOT and block.num_scheduled and block.copy is None:
-                    self._free_host_slot(block)
-                    left -= 1
-                    if not left:
-                        return
-        for other, block in lowest_first(self._tables, Way.OFF_HOST, self.policy, self._block_size, now):
-            if other >= value:
-                return
-            if may_go(block, Way.OFF_HOST):
-                self._num_evicted += block.slot == NO_SLOT
+        left, blocks = max(1, self.host.num_slots // 64), self._blocks
+        for row in np.flatnonzero(self._tables.is_active).tolist():
+            ids = self._tables[row].blocks
+            twice = (blocks.host_slot[ids] != NO_SLOT) & (blocks.num_scheduled[ids] > 0)
+            for block in ids[twice & (blocks.copying[ids] == NOT_COPIED)].tolist():
                 self._free_host_slot(block)
                 left -= 1
                 if not left:
                     return
+        for other, block in self._lowest(Way.OFF_HOST, now):
+            if other >= value:
+                self._ranked[Way.OFF_HOST].queue.appendleft((other, block, blocks.generation.item(block)))
+                return
+            self._num_evicted += blocks.slot.item(block) == NO_SLOT
+            self._free_host_slot(block)
+            left -= 1
+            if not left:
+                return
 
-    def _free_slot(self, block: Block) -> None:
-        if block.slot == NO_SLOT:
+    def _free_slot(self, block: int) -> None:
+        blocks = self._blocks
+        slot = blocks.slot.item(block)
+        if slot == NO_SLOT:
             return
-        self.count(block, -1)
-        self.device.give_back(block.slot)
-        block.slot = NO_SLOT
-        block.num_valid = block.num_scheduled = 0
-        block.generation += 1
-        self.count(block, +1)
+        self.count_one(block, -1)
+        self.device.give_back(slot)
+        blocks.slot[block] = NO_SLOT
+        blocks.num_valid[block] = blocks.num_scheduled[block] = 0
+        blocks.generation[block] += 1
+        self.count_one(block, +1)
 
-    def _free_host_slot(self, block: Block) -> None:
-        if block.host_slot == NO_SLOT:
+    def _free_host_slot(self, block: int) -> None:
+        if self._blocks.host_slot.item(block) == NO_SLOT:
             return
-        self.count(block, -1)
-        block.host_valid = 0
+        self.count_one(block, -1)
+        self._blocks.host_valid[block] = 0
         self._give_back_host_slot(block)
-        self.count(block, +1)
+        self.count_one(block, +1)
 
-    def _give_back_host_slot(self, block: Block) -> None:
+    def _give_back_host_slot(self, block: int) -> None:
         """Of a block that nothing counts now."""
-        self.host.give_back(block.host_slot)
-        block.host_slot = NO_SLOT
+        self.host.give_back(self._blocks.host_slot.item(block))
+        self._blocks.host_slot[block] = NO_SLOT

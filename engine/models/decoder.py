@@ -5,7 +5,7 @@ windows, soft caps, or none of them).  Nothing here knows of conversations, bloc
 the paged KV and says in `AttnMeta` where each row stands.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,11 +25,19 @@ class Decoder(Protocol):
     config: ModelConfig
     dtype: torch.dtype  # of activations and KV
 
-    def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        meta: AttnMeta,
+        kv: Sequence[Tensor],
+        rows: Tensor,
+        wait_for: Callable[[int], None] | None = None,
+    ) -> Tensor:
         """One step.  ids: [T >= 1] int64; kv: [B, 2, G, P, D] in `dtype` per layer, written to at meta.slots.
 
         Returns logits [R, V] fp32 of `rows`: [R >= 0] int64, indices into the step.  All K and V of a layer
-        are written before its attention, so segments of one conversation may attend to each other.
+        are written before its attention, so segments of one conversation may attend to each other.  Before
+        a layer touches its `kv` it calls `wait_for` with its number: KV may still be on its way.
         """
         ...
 
@@ -76,7 +84,14 @@ class RotaryDecoder:
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype)
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        meta: AttnMeta,
+        kv: Sequence[Tensor],
+        rows: Tensor,
+        wait_for: Callable[[int], None] | None = None,
+    ) -> Tensor:
         eps, last = self.config.norm_eps, self._layers[-1]
         num_positions = int(meta.positions.max()) + 1
         angles = [None if table is None else table.upto(num_positions) for table in self._tables]
@@ -85,7 +100,9 @@ class RotaryDecoder:
             residual = residual * self._embedding_scale
         x = rms_norm(residual, self._layers[0].attention_norm, eps)
         layers = zip(self._layers, self._attention, kv, self._next_norms, strict=True)
-        for layer, (rope, window), layer_kv, next_norm in layers:
+        for i, (layer, (rope, window), layer_kv, next_norm) in enumerate(layers):
+            if wait_for is not None:
+                wait_for(i)
             x = self._attend(layer, x, layer_kv, meta, angles[rope], window)
             if layer is last:  # the other rows have left their K and V; nothing else of them is needed
                 x, residual = x.index_select(0, rows), residual.index_select(0, rows)

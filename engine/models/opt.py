@@ -4,7 +4,7 @@ It keeps the contract of `Decoder`, but hardly a line of its layers is the other
 is shorter than the switches would be.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,13 +63,22 @@ class OptDecoder:
         self._final_norm, self._projections, self._head = final_norm, projections, head
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, meta: AttnMeta, kv: Sequence[Tensor], rows: Tensor) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        meta: AttnMeta,
+        kv: Sequence[Tensor],
+        rows: Tensor,
+        wait_for: Callable[[int], None] | None = None,
+    ) -> Tensor:
         last, norm_first = self._layers[-1], self.config.norm_first
         x = self._embedding.index_select(0, ids).to(self.dtype)
         if self._projections is not None:
             x = self._projections[0](x)
         x = x + self._positions.index_select(0, meta.positions + POSITION_OFFSET).to(self.dtype)
-        for layer, layer_kv in zip(self._layers, kv, strict=True):
+        for i, (layer, layer_kv) in enumerate(zip(self._layers, kv, strict=True)):
+            if wait_for is not None:
+                wait_for(i)
             attended = self._attend(layer, layer.attention_norm(x) if norm_first else x, layer_kv, meta)
             if layer is last:  # the other rows have left their K and V; nothing else of them is needed
                 x, attended = x.index_select(0, rows), attended.index_select(0, rows)

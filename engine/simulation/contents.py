@@ -6,8 +6,7 @@ All is arithmetic on 64 bits; a step is a few operations on arrays.
 """
 
 import random
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,14 +66,14 @@ class ContentRunner:
         self._offsets = np.arange(block_size)
         self._last: dict[int, int] = {}  # of the step before
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:
         segments, size = plan.segments, self._block_size
         ids = np.array(
             [id for s in segments for id in (s.token_ids or (self._last[s.row],))], dtype=np.uint64
         )
         num_blocks = np.array([len(s.slots) for s in segments])
         lengths = np.array([s.length for s in segments])
-        slots = np.array(list(chain.from_iterable(s.slots for s in segments)))
+        slots = np.concatenate([s.slots for s in segments])
         if slots.min() < 0:
             raise InvariantError(f"step {plan.number} attends to a block without KV")
         # One row of all positions of all segments; a segment's begin at `starts`.
@@ -85,8 +84,11 @@ class ContentRunner:
         new = np.arange(len(ids)) + np.repeat(begins - np.cumsum(lengths) + lengths, lengths)
         owners = np.repeat(starts, lengths)
         first, second = self.kv
+        wait_for = wait_for or (lambda layer: None)
+        wait_for(0)
         first[places[new]] = _mixed_all(ids, positions[new])
         attended = _attended(first[places], positions)
+        wait_for(1)
         second[places[new]] = _mixed_all(attended[new + 1] - attended[owners], first[places[new]])
         attended = _attended(second[places], positions)
         self._last = {}
@@ -117,12 +119,13 @@ class ContentTransfer:
             self._host[:, move.host_slot] = ~kept if move in failed else kept
         return failed
 
-    def load(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
-        failed = self._failing(moves)
-        for move in self._in_any_order(moves):
-            kept = self._host[:, move.host_slot]
-            self._device[:, move.device_slot] = ~kept if move in failed else kept
-        return failed
+    def load(self, moves: Sequence[BlockMove]) -> "ContentLoading":
+        return ContentLoading(self, self._in_any_order(moves), self._failing(moves))
+
+    def load_layer(self, layer: int, moves: Sequence[BlockMove], failed: frozenset[BlockMove]) -> None:
+        for move in moves:
+            kept = self._host[layer, move.host_slot]
+            self._device[layer, move.device_slot] = ~kept if move in failed else kept
 
     def _in_any_order(self, moves: Sequence[BlockMove]) -> Sequence[BlockMove]:
         return self._rng.sample(moves, len(moves)) if len(moves) > 1 else moves
@@ -131,6 +134,27 @@ class ContentTransfer:
         failed = frozenset(self._in_any_order(moves)[: self.num_to_fail])
         self.num_to_fail -= len(failed)
         return failed
+
+
+class ContentLoading:
+    """A layer is there once it was waited for, not before."""
+
+    seconds = 0.0
+
+    def __init__(
+        self, transfer: ContentTransfer, moves: Sequence[BlockMove], failed: frozenset[BlockMove]
+    ) -> None:
+        self._transfer, self._moves, self._failed = transfer, moves, failed
+        self._num_loaded = 0  # layers
+
+    def wait_for(self, layer: int) -> None:
+        self._transfer.load_layer(layer, self._moves, self._failed)
+        self._num_loaded = layer + 1
+
+    def finish(self) -> frozenset[BlockMove]:
+        for layer in range(self._num_loaded, 2):
+            self.wait_for(layer)
+        return self._failed
 
 
 def _attended(kv: _Words, positions: _Words) -> _Words:

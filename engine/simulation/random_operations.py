@@ -10,7 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 from engine.batch import StepPlan
@@ -181,7 +181,8 @@ class RandomOperations:
     # -- the engine's life
 
     def _start(self) -> None:
-        sizes, rng = self._sizes, self._rng
+        rng = self._rng
+        sizes = replace(self._sizes, pipelined=rng.random() < 0.7)
         runner = ContentRunner(sizes.num_blocks, sizes.block_size, rng)
         self._transfer = ContentTransfer(runner, sizes.num_host_blocks, rng)
         self._timeline = _TimesAtRandom(rng)

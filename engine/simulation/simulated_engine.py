@@ -28,6 +28,7 @@ class CoreSizes:
     max_step_tokens: int = 512
     max_concurrent: int = 64
     run_ahead: int = 0
+    pipelined: bool = True
 
 
 def build_core(
@@ -46,6 +47,7 @@ def build_core(
         policy_named(sizes.policy, costs),
         BlockPool(sizes.num_host_blocks),
         costs,
+        pipelined=sizes.pipelined,
     )
     scheduler = Scheduler(manager, sizes.max_step_tokens, sizes.max_concurrent)
     return EngineCore(manager, scheduler, runner, clock, eos_ids, context_tokens, transfer)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from engine.batch import Segment, StepPlan
 from engine.cache.costs import CostTable
 
@@ -53,7 +55,7 @@ def cost_table(costs: StepCosts, block_size: int, context_tokens: int) -> CostTa
     """What a block costs at positions that are powers of two, in a step that has many tokens anyway."""
     compute_s, end = {}, block_size
     while end <= max(context_tokens, block_size):
-        segment = Segment(0, end - block_size, (0,) * block_size, (), None)
+        segment = Segment(0, end - block_size, (0,) * block_size, np.empty(0, np.int32), None)
         alone_s = costs.compute_s(StepPlan(0, (segment,)))
         shared_s = costs.fixed_s + max(costs.weights_s, block_size * costs.token_s)
         compute_s[end] = alone_s - shared_s + block_size * costs.token_s

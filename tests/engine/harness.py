@@ -47,10 +47,10 @@ class WatchedRunner(FakeRunner):
 
     before_step: Callable[[StepPlan], None] | None = None
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:
         if self.before_step is not None:
             self.before_step(plan)
-        return super().run(plan)
+        return super().run(plan, wait_for)
 
 
 def fake_engine(

@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 
 from engine.cache.block_pool import BlockPool
 from engine.cache.costs import CostTable
+from engine.cache.eviction import Way, may_go
 from engine.cache.manager import KVCacheManager
 from engine.cache.policy import lru, lru_tail, retention
 from engine.conversation import Conversation, Turn, TurnState
@@ -46,6 +47,7 @@ class Histories(RuleBasedStateMachine):
     num_slots, num_host_slots = 11, 0
     context = 40
     policy = lru
+    pipelined = True
     seen: ClassVar[Counter[str]] = Counter()  # over all histories
 
     def __init__(self) -> None:
@@ -54,7 +56,9 @@ class Histories(RuleBasedStateMachine):
         self.runner = FakeRunner(self.num_slots, BLOCK_SIZE)
         self.transfer = FakeTransfer(self.runner, self.num_host_slots)
         host = BlockPool(self.num_host_slots)
-        self.manager = KVCacheManager(BlockPool(self.num_slots), BLOCK_SIZE, self.policy, host, COSTS)
+        self.manager = KVCacheManager(
+            BlockPool(self.num_slots), BLOCK_SIZE, self.policy, host, COSTS, pipelined=self.pipelined
+        )
         self.core = EngineCore(
             self.manager,
             Scheduler(self.manager, 7, 3),
@@ -147,7 +151,8 @@ class Histories(RuleBasedStateMachine):
         slots, num_free = self.manager.slots(parent.table, at), self.manager.pool.num_free
         fork = self.core.new_conversation(ConversationId("fork"), parent.tenant, parent.tokens[:at])
         full = at // BLOCK_SIZE
-        assert self.manager.slots(fork.table, at)[:full] == slots[:full], "a full block is not shared"
+        shared = self.manager.slots(fork.table, at)[:full]
+        assert shared.tolist() == slots[:full].tolist(), "a full block is not shared"
         assert self.manager.pool.num_free == num_free, "KV was copied"
         self.conversations.append(fork)
 
@@ -235,8 +240,11 @@ class Histories(RuleBasedStateMachine):
     def idle_conversations_own_nothing_unevictable(self) -> None:
         for conversation in self.conversations:
             if conversation.turn is None or conversation.turn.state is TurnState.WAITING:
-                for block in conversation.table.blocks:
-                    assert block.num_active or block.num_pins or block.evictable or block.slot == -1
+                blocks, ids = self.manager.blocks, conversation.table.blocks
+                others = (blocks.num_active[ids] > 0) | (blocks.last_step[ids] > self.manager.tiers.settled)
+                assert (
+                    others | may_go(blocks, ids, Way.OFF_DEVICE, 1 << 60) | (blocks.slot[ids] == -1)
+                ).all()
 
     def teardown(self) -> None:
         self.end_all_turns()
@@ -292,6 +300,10 @@ class HistoriesOnTwoTiersAheadByOne(HistoriesOnTwoTiers):
     depth = 1
 
 
+class HistoriesWithoutPipelining(HistoriesOnTwoTiersAheadByOne):
+    pipelined = False
+
+
 class HistoriesOnABigHost(HistoriesOnTwoTiers):
     num_host_slots = 30
     policy = lru
@@ -319,9 +331,10 @@ class OverwrittenBlock(Histories):
     @rule(data=st.data())
     def overwrite(self, data: st.DataObject) -> None:
         cached = [c for c in self.conversations if c.turn is None and self.manager.num_cached(c.table, 99)]
+        blocks = self.manager.blocks
         for block in data.draw(st.sampled_from(cached)).table.blocks:
-            if block.num_valid:
-                self.runner.kv[block.slot, 0] ^= 1
+            if blocks.num_valid[block]:
+                self.runner.kv[blocks.slot[block], 0] ^= 1
                 return
 
 
@@ -346,6 +359,7 @@ MACHINES = [
     HistoriesAheadByOne,
     HistoriesOnTwoTiers,
     HistoriesOnTwoTiersAheadByOne,
+    HistoriesWithoutPipelining,
     HistoriesOnABigHost,
     HistoriesEvictedFromTheTail,
 ]

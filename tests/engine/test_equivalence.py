@@ -238,7 +238,7 @@ def test_one_overwritten_kv_block_is_noticed(decoder: Decoder, run_ahead: int) -
     def overwrite_one(engine: Engine) -> None:
         active = [turn.conversation for turn in engine.core.scheduler.running if turn.num_generated == 1]
         if active and not overwritten and active[0].turn is not None and active[0].turn.max_new > 5:
-            overwritten.append(active[0].table.blocks[1].slot)
+            overwritten.append(int(engine.core.manager.slots(active[0].table, 64)[1]))
             engine.store.slab[:, overwritten[0]] *= -1
 
     with pytest.raises(AssertionError, match="differs from a fresh run"):

@@ -81,10 +81,10 @@ def test_copies_bring_back_what_they_took_away_unless_they_fail() -> None:
     assert transfer.store(away) == frozenset()
     kept = model.kv.copy()
     model.kv[:] = 0
-    assert transfer.load(away) == frozenset()
+    assert transfer.load(away).finish() == frozenset()
     assert replied(model, 3) == expected
     transfer.num_to_fail = 2
     model.kv[:] = kept
-    failed = transfer.load(away)
+    failed = transfer.load(away).finish()
     assert len(failed) == 2 and transfer.num_to_fail == 0
     assert replied(model, 3) != expected

@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 
 from engine.cache.block import BlockMove
-from engine.simulation.contents import ContentTransfer
+from engine.simulation.contents import ContentLoading, ContentTransfer
 from engine.simulation.random_operations import OperationSettings, RandomOperations, SimulationFailed
 
 POLICIES = ("retention", "lru", "lru-tail")
@@ -97,9 +97,11 @@ class LyingTransfer(ContentTransfer):
         super().store(moves)
         return frozenset()
 
-    def load(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
-        super().load(moves)
-        return frozenset()
+    def load(self, moves: Sequence[BlockMove]) -> ContentLoading:
+        loading = super().load(moves)
+        finish = loading.finish
+        loading.finish = lambda: finish() & frozenset()  # type: ignore[method-assign]
+        return loading
 
 
 def failure(settings: OperationSettings) -> str:

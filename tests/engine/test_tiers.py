@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from engine.batch import StepResult
-from engine.cache.block import Block, Residency
+from engine.cache.block import NO_SLOT, Residency
 from engine.cache.block_pool import BlockPool
 from engine.cache.costs import CostTable, reload_is_cheaper
 from engine.cache.manager import KVCacheManager
@@ -33,12 +33,13 @@ class TwoTiers:
         policy: Policy = lru,
         costs: CostTable | None = COSTS,
         max_step_tokens: int = 64,
+        pipelined: bool = True,
     ) -> None:
         self.clock = FakeClock()
         self.runner = FakeRunner(num_slots, SIZE)
         self.transfer = FakeTransfer(self.runner, num_host_slots)
         host = BlockPool(num_host_slots)
-        self.manager = KVCacheManager(BlockPool(num_slots), SIZE, policy, host, costs)
+        self.manager = KVCacheManager(BlockPool(num_slots), SIZE, policy, host, costs, pipelined=pipelined)
         scheduler = Scheduler(self.manager, max_step_tokens, 4)
         context = num_slots * SIZE
         self.core = EngineCore(
@@ -82,9 +83,12 @@ class TwoTiers:
         self.say(conversation, [first_token] * (num_blocks * SIZE))
         return conversation
 
+    def states(self, conversation: Conversation) -> list[str]:
+        return [residency.value for residency in self.manager.residency(conversation.table)]
 
-def states(conversation: Conversation) -> list[str]:
-    return [block.residency.value for block in conversation.table.blocks]
+    def host_valid(self, conversation: Conversation) -> list[int]:
+        """Tokens on the host, of each block."""
+        return self.manager.blocks.host_valid[conversation.table.blocks].tolist()
 
 
 # -- costs and policies
@@ -132,16 +136,16 @@ def test_blocks_of_the_longest_idle_go_first_and_within_it_from_the_policys_end(
     tiers.clock.now += 100
     newer = tiers.tell(2, 7)
     tiers.say(tiers.open(), [3] * SIZE)
-    gone = [i for i, block in enumerate(oldest.table.blocks) if block.host_valid]
+    gone = [i for i, num_tokens in enumerate(tiers.host_valid(oldest)) if num_tokens]
     assert first in gone and len(gone) < 5
-    assert not any(block.host_valid for block in newer.table.blocks)
+    assert not any(tiers.host_valid(newer))
 
 
 def test_blocks_are_stored_ahead_of_time_and_stay_valid_on_the_device_until_their_slot_is_needed() -> None:
     tiers = TwoTiers(num_slots=16)
     idle = tiers.tell(1, 13)  # 3 of 16 slots are free: fewer than a quarter
     stored = tiers.manager.statistics().num_stored
-    assert stored > 0 and "both" in states(idle)
+    assert stored > 0 and "both" in tiers.states(idle)
     usage = tiers.say(idle, [9])
     assert usage.cached_device_tokens == 13 * SIZE and usage.cached_host_tokens == 0
     assert tiers.manager.statistics().num_loaded == 0
@@ -157,12 +161,14 @@ def test_stores_wait_for_loads_unless_next_to_nothing_is_free() -> None:
     tiers = TwoTiers(num_slots=20, num_host_slots=40)
     first, second = tiers.tell(1, 9), tiers.tell(2, 9)
     tiers.tell(3, 9)
-    assert "host" in states(first)
+    assert "host" in tiers.states(first)
     tiers.begin(first, [8])
     while not (step := tiers.step()) or not step.plan.loads:
         pass
     free = tiers.manager.pool.num_free + tiers.manager.tiers.num_clean
-    ahead = [copy for copy in step.copies if not copy.is_load and copy.block.slot != -1]
+    ahead = [
+        copy for copy in step.copies if not copy.is_load and tiers.manager.blocks.slot[copy.block] != NO_SLOT
+    ]
     assert not ahead or free < 0.1 * 20
     assert second.table.num_tokens
 
@@ -170,7 +176,7 @@ def test_stores_wait_for_loads_unless_next_to_nothing_is_free() -> None:
 def test_what_leaves_the_host_is_dropped_lowest_value_first_and_computed_again() -> None:
     tiers = TwoTiers(num_slots=12, num_host_slots=6, policy=retention(COSTS))
     conversations = [tiers.tell(n, 5) for n in (1, 2, 3, 4)]
-    assert "dropped" in states(conversations[0]) and tiers.manager.statistics().num_evicted > 0
+    assert "dropped" in tiers.states(conversations[0]) and tiers.manager.statistics().num_evicted > 0
     usage = tiers.say(conversations[0], [9])
     assert usage.recomputed_tokens > 0
     assert usage.prompt_tokens == 5 * SIZE + 2
@@ -184,9 +190,9 @@ def test_a_shared_block_stays_as_long_as_its_latest_user_keeps_it() -> None:
     tiers.clock.now += 50
     tiers.say(late, [*system, 2])
     tiers.tell(3, 8)
-    shared, own = early.table.blocks[:2], early.table.blocks[2:5]
-    assert any(block.host_valid for block in own)
-    assert not any(block.host_valid for block in shared), "they are of one used later"
+    shared, own = tiers.host_valid(early)[:2], tiers.host_valid(early)[2:5]
+    assert any(own)
+    assert not any(shared), "they are of one used later"
 
 
 # -- coming back
@@ -196,7 +202,7 @@ def test_a_conversation_comes_back_from_the_host_without_being_computed() -> Non
     tiers = TwoTiers(num_slots=12, num_host_slots=40)
     first = tiers.tell(1, 8)
     tiers.tell(2, 8)
-    on_host = states(first).count("host")
+    on_host = tiers.states(first).count("host")
     assert on_host > 0
     computed = tiers.runner.num_computed
     usage = tiers.say(first, [9])
@@ -210,7 +216,7 @@ def test_a_partial_last_block_goes_to_the_host_and_comes_back() -> None:
     first = tiers.open()
     tiers.say(first, [1] * 6, num_new=2)  # 7 tokens have KV: a block and three quarters
     tiers.fill(2)
-    assert states(first) == ["host", "host"] and first.table.blocks[1].host_valid == 3
+    assert tiers.states(first) == ["host", "host"] and tiers.host_valid(first)[1] == 3
     usage = tiers.say(first, [9])
     assert (usage.cached_host_tokens, usage.recomputed_tokens, usage.new_tokens) == (7, 0, 2)
 
@@ -221,8 +227,8 @@ def test_what_is_written_behind_a_stored_tail_does_not_count_as_stored() -> None
     tiers.say(first, [1] * 6, num_new=2)
     tiers.fill(2)
     tiers.say(first, [9], num_new=1)  # comes back, and its tail grows
-    tail = first.table.blocks[1]
-    assert not tail.clean or tail.host_valid == tail.num_valid
+    blocks, tail = tiers.manager.blocks, first.table[1]
+    assert blocks.host_valid[tail] <= blocks.num_valid[tail]
     tiers.fill(3)
     tiers.say(first, [8], num_new=5)  # `say` compares with a fresh run
 
@@ -231,13 +237,13 @@ def test_the_dropped_beginning_is_computed_while_the_rest_is_loaded() -> None:
     tiers = TwoTiers(num_slots=16, num_host_slots=40)
     first = tiers.tell(1, 10)
     tiers.fill(2)
-    assert states(first)[:10] == ["host"] * 10
-    for block in first.table.blocks[:3]:
+    assert tiers.states(first)[:10] == ["host"] * 10
+    for block in first.table.blocks[:3].tolist():
         tiers.manager.tiers._free_host_slot(block)
     turn = tiers.begin(first, [9])
     step = tiers.step()
     assert step is not None and len(step.plan.loads) == 7
-    assert [(s.first, s.length) for s in step.plan.segments] == [(0, 3 * SIZE)]
+    assert [(s.first, s.length) for s in step.plan.segments] == [(0, 3 * SIZE), (10 * SIZE, 2)]
     while turn.state is not TurnState.FINISHED:
         tiers.step()
     assert turn.usage is not None
@@ -274,14 +280,14 @@ def test_a_failed_load_is_computed_again_and_told() -> None:
     tiers = TwoTiers(num_slots=12, num_host_slots=40)
     first = tiers.tell(1, 8)
     tiers.fill(2)
-    assert states(first)[:8] == ["host"] * 8
+    assert tiers.states(first)[:8] == ["host"] * 8
     tiers.transfer.num_to_fail = 0
     turn = tiers.begin(first, [9])
     step = tiers.core.plan()
     assert step is not None and len(step.plan.loads) == 8
     tiers.core.apply(step, replace(tiers.core.execute(step), failed_moves=frozenset(step.plan.loads[2:4])))
     tiers.manager.check()
-    assert states(first)[:4] == ["both", "both", "dropped", "dropped"]
+    assert tiers.states(first)[:4] == ["both", "both", "dropped", "dropped"]
     while turn.state is not TurnState.FINISHED:
         tiers.step()
     usage = turn.usage
@@ -307,13 +313,13 @@ def test_a_copy_of_what_was_given_up_meanwhile_does_not_count() -> None:
     turn = tiers.begin(first, [9])
     step = tiers.core.plan()
     assert step is not None and step.plan.loads
-    tail = first.table.blocks[1]
-    assert tail.residency is Residency.LOADING
+    blocks, tail = tiers.manager.blocks, first.table[1]
+    assert blocks.residency(tail) is Residency.LOADING
     tiers.core.finish(turn, FinishReason.CANCELLED, None)
     tiers.core.rewind(first, first.tokens[:5])
     tiers.core.apply(step, tiers.core.execute(step))
     tiers.manager.check()
-    assert tail.num_valid <= 1
+    assert blocks.num_valid[tail] <= 1
     tiers.say(first, [8])
 
 
@@ -346,8 +352,7 @@ def test_dropping_a_conversations_kv_empties_both_tiers() -> None:
 def test_the_books_notice_a_block_without_a_slot_and_one_copied_without_a_pin() -> None:
     tiers = TwoTiers()
     conversation = tiers.tell(1, 2)
-    block: Block = conversation.table.blocks[0]
-    block.host_valid = 4
+    tiers.manager.blocks.host_valid[conversation.table[0]] = 4
     with pytest.raises(InvariantError, match="claims KV without a slot"):
         tiers.manager.check()
 
