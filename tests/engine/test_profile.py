@@ -51,10 +51,13 @@ class Machine:
     def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
         return frozenset()
 
-    def load(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+    def load(self, moves: Sequence[BlockMove]) -> "Machine":
         assert all(move.host_slot < self.num_host_blocks for move in moves)
         assert all(move.device_slot < self.store_.slab.shape[1] for move in moves)
         self.loads.append(list(moves))
+        return self
+
+    def finish(self) -> frozenset[BlockMove]:
         return frozenset()
 
     def profiler(self, context_tokens: int, *, with_host: bool = True) -> Profiler:
