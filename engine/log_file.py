@@ -18,6 +18,12 @@ from engine.types import Clock
 
 IN_MEMORY = ":memory:"
 TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
+_IOERR_OF_WRITES = {  # a quota or a limit of file sizes; a full disk where it was not told apart
+    sqlite3.SQLITE_IOERR_WRITE,
+    sqlite3.SQLITE_IOERR_FSYNC,
+    sqlite3.SQLITE_IOERR_TRUNCATE,
+    sqlite3.SQLITE_IOERR_SHMSIZE,
+}
 _SETTINGS = (
     f"page_size = {PAGE_BYTES}",
     "secure_delete = ON",
@@ -82,13 +88,18 @@ def connect(path: str, migrations: Sequence[Migration]) -> sqlite3.Connection:
 
 def storage_error(path: str, error: sqlite3.Error | OSError) -> DataDirError:
     """What to tell people about a failure of the file at `path`."""
-    match getattr(error, "sqlite_errorcode", 0) & 0xFF:  # the low byte is the kind, the rest its details
+    code = getattr(error, "sqlite_errorcode", 0)
+    match code & 0xFF:  # the low byte is the kind, the rest its details
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
             advice = (
                 "is damaged and was left as it is: restore it from a backup, or move it away to begin anew"
             )
         case sqlite3.SQLITE_FULL:
             advice = "cannot grow: free space on its disk and try again"
+        case sqlite3.SQLITE_IOERR if code in _IOERR_OF_WRITES:
+            advice = (
+                "cannot be written: free space on its disk, or raise what limits this user, and try again"
+            )
         case _:
             advice = "cannot be read or written: check its disk and permissions and try again"
     return DataDirError(f"token log {path} {advice} ({error})")

@@ -222,7 +222,11 @@ class TokenLog:
         except sqlite3.Error as error:  # the transaction itself failed, and with it everybody in it
             with suppress(sqlite3.Error):
                 self._connection.rollback()
-            errors = {index: storage_error(self._path, error) for index in range(len(group))} | errors
+            if len(group) > 1:  # whoever needs no room need not fail with those who do
+                for operation in group:
+                    self._commit([operation])
+                return
+            errors = {0: storage_error(self._path, error)} | errors
         if self._must_truncate and (left_over := self._truncate_wal()):
             errors = {index: left_over for index, operation in enumerate(group) if operation.erases} | errors
         for index, operation in enumerate(group):

@@ -7,7 +7,7 @@ import secrets
 
 from engine.conversation import Turn, common_length
 from engine.core import EngineCore
-from engine.errors import AlreadyExists, EngineError, NotFound, QueueFull
+from engine.errors import AlreadyExists, DataDirError, EngineError, NotFound, QueueFull
 from engine.in_flight import TurnsInFlight
 from engine.live import LiveConversation, TurnInFlight, TurnInput
 from engine.replay import replayed, stretches
@@ -145,11 +145,17 @@ class Turns:
         self._in_flight.end(live, FinishReason.CANCELLED, keep)
 
     async def erase(self, live: LiveConversation) -> None:
-        """Delete the conversation: its turn, its KV, its place in the log.  Readers hear NotFound."""
+        """Delete the conversation: its turn, its KV, its place in the log.  Readers hear NotFound.  If the
+        log cannot delete it (DataDirError), it stands without that turn.
+        """
         live.is_deleted = True
         self._in_flight.end(live, FinishReason.CANCELLED, keep=False)
         if live.outbox is not None:
             live.outbox.end(NotFound(f"conversation {live.record.id} was deleted"))
         await live.idle.wait()
         if live.is_logged:
-            await asyncio.wrap_future(self._log.delete(live.record.id))
+            try:
+                await asyncio.wrap_future(self._log.delete(live.record.id))
+            except DataDirError:
+                live.is_deleted = await asyncio.wrap_future(self._log.load(live.record.id)) is None
+                raise

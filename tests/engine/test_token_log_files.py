@@ -17,9 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import (
-    DataDirError,
-)
+from engine.errors import DataDirError, NotFound
 from engine.log_schema import MIGRATIONS, PAGE_BYTES
 from engine.token_log import TokenLog
 from engine.types import (
@@ -357,7 +355,9 @@ def test_a_write_that_the_disk_refuses_fails_and_the_next_one_works(tmp_path: Pa
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert isinstance(error, DataDirError)
-        assert "cannot be read or written: check its disk" in str(error) or "free space" in str(error)
+        assert "conversations.db cannot be written: free space on its disk, or raise what limits" in str(
+            error
+        )
         assert stored(log, "c-1")[0] == conversation("c-1")
         log.commit_turn(ConversationId("c-1"), turn(0, 0), 1).result()
     with closing(TokenLog.open(tmp_path, clock=clock)) as log:
@@ -371,8 +371,13 @@ def test_a_full_database_says_what_to_free(tmp_path: Path, clock: FakeClock) -> 
         released = hold(log)
         too_long = log.commit_turn(ConversationId("c-1"), turn(0, 0, prompt=100_000), 1)
         reading = log.load(ConversationId("c-1"))
+        missing = log.set_seq_mark(ConversationId("c-2"), 7)
+        small = log.set_seq_mark(ConversationId("c-1"), 5)
         released.set()
         with pytest.raises(DataDirError, match=r"conversations\.db cannot grow: free space on its disk"):
             too_long.result()
-        assert reading.exception() is None or isinstance(reading.exception(), DataDirError)
+        assert reading.result() == (conversation("c-1"), [])  # what came at the same time is not its victim
+        with pytest.raises(NotFound):
+            missing.result()
+        assert small.result() is None and stored(log, "c-1")[0].seq_mark == 5
         log.commit_turn(ConversationId("c-1"), turn(0, 0), 1).result()
