@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from dataclasses import replace
 
+from engine.conversation import Turn
 from engine.core import EngineCore, TokenEvent
 from engine.errors import DeadlineExceeded, EngineError, EngineStopped, TurnCancelled
 from engine.live import LiveConversation, TurnInFlight
@@ -21,6 +22,8 @@ from engine.types import (
     Delta,
     FinishReason,
     HistoryRewritten,
+    RunState,
+    StateChanged,
     Timing,
     TokenLogprobs,
     TurnAccepted,
@@ -42,6 +45,7 @@ class TurnsInFlight:
         self._stateless = stateless
         self._of_row: dict[int, LiveConversation] = {}  # by Turn.row
         self.wake: Callable[[], None] = lambda: None
+        core.scheduler.on_state = self._state_changed
 
     def __iter__(self) -> Iterator[LiveConversation]:
         """The conversations that have one; they may lose it meanwhile."""
@@ -75,7 +79,15 @@ class TurnsInFlight:
             self._core.compute_when_idle(live.core)
             self.wake()
 
-    # -- tokens
+    # -- what becomes of it
+
+    def _state_changed(self, turn: Turn, state: RunState, found: Usage | None) -> None:
+        """Called while a step is planned."""
+        if state is RunState.SUSPENDED:
+            self._statistics.turn_suspended()
+        live = self._of_row[turn.row]
+        if live.is_logged:  # else it has no history to be found, and nothing to go on with
+            live.emit(StateChanged(live.next_seq(), turn.id, state, found))
 
     def deliver(self, events: Sequence[TokenEvent]) -> None:
         """What a step produced: text to the readers, ends to the log."""

@@ -92,6 +92,7 @@ class TurnInput:
     wants_reply: bool = True
     history_rewritten: bool = False
     rewritten_from: int | None = None  # token from which the template renders the past differently
+    rewritten_to: int = 0  # so far `prompt_ids` tell the past in other words
     before: "array[int] | None" = None  # the history up to `first_token`; None: as it stands
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
 
@@ -205,10 +206,17 @@ class LiveConversation:
 
 
 def _merged(journal: Sequence[ConversationEvent], after_seq: int) -> list[ConversationEvent]:
-    """Events of one turn after `after_seq`, its deltas of one kind as one: a long reply has thousands."""
-    deltas = [event for event in journal if isinstance(event, Delta) and event.seq > after_seq]
-    others = [event for event in journal if not isinstance(event, Delta)]
-    return [*others, *(_joined(list(stretch)) for _, stretch in groupby(deltas, lambda delta: delta.kind))]
+    """Events of one turn after `after_seq`, consecutive deltas of one kind as one: a long reply has
+    thousands.
+    """
+    merged: list[ConversationEvent] = []
+    later = (event for event in journal if event.seq > after_seq)
+    for kind, events in groupby(later, lambda event: event.kind if isinstance(event, Delta) else None):
+        if kind is None:
+            merged += events
+        else:
+            merged.append(_joined([event for event in events if isinstance(event, Delta)]))
+    return merged
 
 
 def _joined(deltas: Sequence[Delta]) -> Delta:

@@ -40,7 +40,8 @@ class Load:
 
     uptime_s: float
     running_turns: int
-    waiting_turns: int  # in the queue, or suspended for lack of memory
+    waiting_turns: int  # in the queue, or suspended
+    suspended_turns: int  # those of them that had begun to run
     conversations: ConversationCounts
     device: Tier
     host: Tier  # all zero if there is no host tier
@@ -50,15 +51,23 @@ class Load:
     failed_turns: dict[str, int]  # after they were accepted, by `errors.reason_of`
     refused_turns: dict[str, int]  # by `errors.reason_of`
     reattached_streams: int
+    suspensions: int  # of turns whose memory others needed; one turn may have several
     prompt_tokens: int  # as in `Usage`, of all turns that came to their first token or were appended
     cached_device_tokens: int
     cached_host_tokens: int
     recomputed_tokens: int
     new_tokens: int
+    evicted_tokens: int
+    restart_tokens: int
+    rewritten_tokens: int
+    cut_tokens: int
+    never_computed_tokens: int
     completion_tokens: int
     computed_tokens: int  # positions that went through the model, for whatever reason
     steps: int
     step_s: float  # all of them together
+    reload_s: float  # as in `Timing`, of all turns that came to their first token
+    recompute_s: float
     evicted_blocks: int  # KV given up on all tiers
     stored_blocks: int  # copied to the host
     loaded_blocks: int  # and back

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
 from engine.batch import StepPlan, StepResult
 from engine.conversation import Turn, TurnState
@@ -20,6 +21,8 @@ BOUNDS_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0),
 )
+
+PROMPT_FIELDS = [field.name for field in fields(Usage) if field.name != "completion_tokens"]
 
 
 class Observations:
@@ -47,10 +50,10 @@ class Statistics:
         self._failed: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._reattached = 0
-        self._prompt_tokens = self._recomputed_tokens = self._new_tokens = 0
-        self._cached_device_tokens = self._cached_host_tokens = 0
+        self._suspensions = 0
+        self._prompts = dict.fromkeys(PROMPT_FIELDS, 0)
         self._completion_tokens = self._computed_tokens = self._steps = 0
-        self._step_s = 0.0
+        self._step_s = self._reload_s = self._recompute_s = 0.0
         self._queue, self._ttft, self._total = Observations(), Observations(), Observations()
         self._inter_token = Observations()
         self._last_token_s: dict[int, float] = {}  # by Turn.row, of turns in flight
@@ -68,6 +71,10 @@ class Statistics:
 
     def turn_accepted(self) -> None:
         self._accepted += 1
+
+    def turn_suspended(self) -> None:
+        """Others need its memory."""
+        self._suspensions += 1
 
     def turn_done(self, turn: Turn, record: TurnRecord) -> None:
         """The turn is over and stays."""
@@ -105,13 +112,12 @@ class Statistics:
         self._ttft.add(now - turn.arrived_s)
         self._queue.add((now if turn.started_s is None else turn.started_s) - turn.arrived_s)
         self._add_prompt(turn.usage or Usage())
+        self._reload_s += turn.reload_s
+        self._recompute_s += turn.recompute_s
 
     def _add_prompt(self, usage: Usage) -> None:
-        self._prompt_tokens += usage.prompt_tokens
-        self._cached_device_tokens += usage.cached_device_tokens
-        self._cached_host_tokens += usage.cached_host_tokens
-        self._recomputed_tokens += usage.recomputed_tokens
-        self._new_tokens += usage.new_tokens
+        for name in PROMPT_FIELDS:
+            self._prompts[name] += getattr(usage, name)
 
     # -- looking in
 
@@ -122,6 +128,7 @@ class Statistics:
             uptime_s=now - self._begin_s,
             running_turns=len(scheduler.running),
             waiting_turns=len(scheduler.waiting),
+            suspended_turns=sum(turn.usage is not None for turn in scheduler.waiting),
             conversations=ConversationCounts(
                 states["running"], states["waiting"], states["attached"], states["idle"]
             ),
@@ -132,15 +139,14 @@ class Statistics:
             failed_turns=dict(self._failed),
             refused_turns=dict(self._refused),
             reattached_streams=self._reattached,
-            prompt_tokens=self._prompt_tokens,
-            cached_device_tokens=self._cached_device_tokens,
-            cached_host_tokens=self._cached_host_tokens,
-            recomputed_tokens=self._recomputed_tokens,
-            new_tokens=self._new_tokens,
+            suspensions=self._suspensions,
+            **self._prompts,
             completion_tokens=self._completion_tokens,
             computed_tokens=self._computed_tokens,
             steps=self._steps,
             step_s=self._step_s,
+            reload_s=self._reload_s,
+            recompute_s=self._recompute_s,
             evicted_blocks=cache.num_evicted,
             stored_blocks=cache.num_stored,
             loaded_blocks=cache.num_loaded,

@@ -117,10 +117,13 @@ class TurnInputs:
         self, live: LiveConversation, request: TurnRequest, sampling: SamplingParams
     ) -> TurnInput:
         ids: Sequence[int] = request.token_ids
-        first_token, rewritten_from = len(live.core.tokens), None
+        first_token, rewritten_from, rewritten_to = len(live.core.tokens), None, 0
         if request.messages:
             prompt = await self._prompt(live, request)
             ids, first_token, rewritten_from = prompt.ids, prompt.first_token, prompt.rewritten_from
+            if first_token < len(live.core.tokens):
+                said = await self._rendered(live, request, RewritePolicy.KEEP)  # and nothing of the past
+                rewritten_to = first_token + len(ids) - len(said.ids)
         keeps = live.record.on_rewrite is RewritePolicy.KEEP
         if not ids:
             raise InvalidRequest(f"turn {request.turn_id} adds no token to the conversation; send some text")
@@ -136,26 +139,32 @@ class TurnInputs:
             request.wants_reply,
             history_rewritten=keeps and (live.history_rewritten or rewritten_from is not None),
             rewritten_from=rewritten_from,
+            rewritten_to=rewritten_to,
         )
 
     async def _prompt(self, live: LiveConversation, request: TurnRequest) -> TurnPrompt:
-        record, past = live.record, live.past
         turns = live.not_in_past
         if not live.knows_past:
             turns = [PastTurn.of(turn) for turn in await self.committed_turns(live)]
         if turns:
-            await self._text.extend_past(past, record.system, tuple(turns))
+            await self._text.extend_past(live.past, live.record.system, tuple(turns))
         live.not_in_past.clear()
         live.knows_past = True
+        return await self._rendered(live, request, live.record.on_rewrite)
+
+    async def _rendered(
+        self, live: LiveConversation, request: TurnRequest, policy: RewritePolicy
+    ) -> TurnPrompt:
+        record = live.record
         return await self._text.prompt(
-            past,
+            live.past,
             live.core.tokens[:],
             request.messages,
             system=record.system,
             now=record.created_at,
             tools=record.tools,
             wants_reply=request.wants_reply,
-            policy=record.on_rewrite,
+            policy=policy,
         )
 
     async def _again(

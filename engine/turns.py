@@ -108,12 +108,15 @@ class Turns:
 
     def _enter(self, live: LiveConversation, input: TurnInput) -> Turn:
         """The turn in the core.  It begins where its history departs from the one that stands."""
-        first, ids = input.first_token, input.prompt_ids
+        first, ids, rewritten_to = input.first_token, input.prompt_ids, input.rewritten_to
         if input.before is not None:
             first = common_length(input.before, live.core.tokens)
             ids = (*input.before[first:], *ids)
+            rewritten_to = input.first_token if first < input.first_token else 0
         if not input.wants_reply:
-            return self._core.append(live.core, input.turn_id, ids, first_token=first)
+            return self._core.append(
+                live.core, input.turn_id, ids, first_token=first, rewritten_to=rewritten_to
+            )
         given = input.sampling.seed
         return self._core.begin(
             live.core,
@@ -122,6 +125,7 @@ class Turns:
             input.sampling,
             secrets.randbits(63) if given is None else given,
             first_token=first,
+            rewritten_to=rewritten_to,
             bad_word_ids=input.bad_word_ids,
         )
 

@@ -22,7 +22,7 @@ from rpc.failure import (
     Unavailable,
     error_of_message,
 )
-from rpc.outcome import Turn
+from rpc.outcome import Turn, TurnState
 from rpc.reply import Reply, ReplyEvent, event_of
 from rpc.request import Sampling, fork_request, labels_of, new_id, sampling_of, set_input, set_point
 
@@ -62,17 +62,19 @@ class Chat:
         token_ids: Sequence[int] | None = None,
         timeout: float | None = None,
         turn_id: str | None = None,
+        on_state: Callable[[TurnState], None] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Reply:
         """Says `text`, or `messages`, or `token_ids` as they are; returns the reply to come.
 
         A message has role and content, and may have name, tool_call_id and tool_calls (dicts).  `timeout`:
         seconds after which the reply ends with DEADLINE and what it has.  A `turn_id` of your own makes it
-        safe to say the same again, even from another process.
+        safe to say the same again, even from another process.  `on_state` is called, while the reply is read,
+        when the turn begins to run, is suspended, and goes on; what it raises, the reader gets.
         """
         turn = pb.Turn(turn_id=turn_id or new_id("t"), sampling=sampling_of(sampling), timeout_s=timeout)
         set_input(turn, text, messages, token_ids)
-        return self._reply(turn.turn_id, pb.ClientEvent(turn=turn))
+        return self._reply(turn.turn_id, pb.ClientEvent(turn=turn), on_state)
 
     async def append(
         self,
@@ -93,9 +95,10 @@ class Chat:
         replaces: str | None = None,
         timeout: float | None = None,
         turn_id: str | None = None,
+        on_state: Callable[[TurnState], None] | None = None,
         **sampling: Unpack[Sampling],
     ) -> Reply:
-        """Another reply to what turn `replaces` said, or the last one.
+        """Another reply to what turn `replaces` said, or the last one.  `on_state` as in `say`.
 
         That turn and all behind it give way once the new reply is complete; if it fails they stand.
         """
@@ -105,7 +108,7 @@ class Chat:
             sampling=sampling_of(sampling),
             timeout_s=timeout,
         )
-        return self._reply(again.turn_id, pb.ClientEvent(regenerate=again))
+        return self._reply(again.turn_id, pb.ClientEvent(regenerate=again), on_state)
 
     async def rewind(self, *, turns: int | None = None, tokens: int | None = None) -> None:
         """Forgets the history behind its first `turns`, or its first `tokens`."""
@@ -183,8 +186,13 @@ class Chat:
                     raise
                 first = pb.ClientEvent(resume=pb.Resume(conversation_id=first.open.conversation_id))
 
-    def _reply(self, turn_id: str, request: pb.ClientEvent) -> Reply:
-        reply = Reply()
+    def _reply(
+        self,
+        turn_id: str,
+        request: pb.ClientEvent,
+        on_state: Callable[[TurnState], None] | None = None,
+    ) -> Reply:
+        reply = Reply(on_state)
         reply.events = self._answer(turn_id, request, weakref.ref(reply))
         return reply
 

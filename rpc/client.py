@@ -42,7 +42,7 @@ from rpc.failure import (
     Unimplemented,
     error_of_call,
 )
-from rpc.outcome import Delta, FinishReason, ReplyKind, Turn
+from rpc.outcome import Delta, FinishReason, ReplyKind, RunState, Turn, TurnState
 from rpc.reply import Reply, ReplyEvent
 from rpc.request import Sampling, fork_request, json_objects, messages_of, new_id, sampling_of, set_input
 
@@ -65,8 +65,10 @@ __all__ = [
     "Reply",
     "ReplyKind",
     "ResourceExhausted",
+    "RunState",
     "Sampling",
     "Turn",
+    "TurnState",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",

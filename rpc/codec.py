@@ -26,6 +26,7 @@ from engine.types import (
     RewritePolicy,
     SamplingParams,
     Standing,
+    StateChanged,
     TokenLogprobs,
     TurnAccepted,
     TurnDone,
@@ -176,6 +177,8 @@ def server_event(event: ConversationEvent) -> pb.ServerEvent:
             )
         case HistoryRewritten():
             return pb.ServerEvent(seq=event.seq, history_rewritten=_history_rewritten(event))
+        case StateChanged():
+            return pb.ServerEvent(seq=event.seq, state_changed=_state_changed(event))
     raise errors.InvariantError(f"no message stands for {event!r}")
 
 
@@ -339,6 +342,14 @@ def _history_rewritten(event: HistoryRewritten) -> pb.HistoryRewritten:
         first_token=event.first_token,
         num_tokens=event.num_tokens,
         policy=pb.RewritePolicy.Name(event.policy.value),
+    )
+
+
+def _state_changed(event: StateChanged) -> pb.StateChanged:
+    return pb.StateChanged(
+        turn_id=event.turn_id,
+        state=pb.RunState.Name(event.state.value),
+        found=None if event.found is None else pb.Usage(**asdict(event.found)),
     )
 
 

@@ -62,11 +62,18 @@ def metrics(load: Load) -> list[Metric]:
     endings = {reason.lower(): count for reason, count in load.finished_turns.items()}
     cached = {"device": load.cached_device_tokens, "host": load.cached_host_tokens}
     copied = {"host": load.stored_blocks, "device": load.loaded_blocks}
+    again = {
+        "evicted": load.evicted_tokens,
+        "restart": load.restart_tokens,
+        "rewritten": load.rewritten_tokens,
+        "cut": load.cut_tokens,
+    }
     usage = device.in_use_tokens / device.total_tokens
     return [
         _gauge("uptime_seconds", "Since the engine was loaded.", load.uptime_s),
         _gauge("num_requests_running", "Turns that are computed now.", load.running_turns),
         _gauge("num_requests_waiting", "Turns that wait, or are suspended.", load.waiting_turns),
+        _gauge("num_requests_suspended", "Those of them that had begun to run.", load.suspended_turns),
         _gauge("kv_cache_usage_perc", "Used by running turns; 1 = all of it.", usage),
         _gauges("kv_cache_device_tokens", "KV memory, by what it holds.", "state", _residency(device)),
         _gauges("kv_cache_host_tokens", "The same of host memory.", "state", _residency(host)),
@@ -76,18 +83,22 @@ def metrics(load: Load) -> list[Metric]:
         _counters("request_failure", "Turns that were accepted in vain.", "reason", load.failed_turns),
         _counters("request_refused", "Turns that were not accepted.", "reason", load.refused_turns),
         _counter("reattached_streams", "Streams that resumed a conversation.", load.reattached_streams),
+        _counter("suspensions", "Running turns whose memory others needed.", load.suspensions),
         _counter(
             "prompt_tokens",
             "History and new of replies, and appends.",
             load.prompt_tokens,
         ),
         _counters("cached_tokens", "Prompt tokens whose KV was in memory.", "tier", cached),
-        _counter("recomputed_tokens", "Prompt tokens whose KV had been given up.", load.recomputed_tokens),
+        _counters("recomputed_tokens", "Prompt tokens that were computed again, by why.", "cause", again),
         _counter("new_tokens", "Prompt tokens that were never computed before.", load.new_tokens),
+        _counter("never_computed_tokens", "Those of them that were history.", load.never_computed_tokens),
         _counter("generation_tokens", "Tokens of replies.", load.completion_tokens),
         _counter("computed_tokens", "Positions that went through the model.", load.computed_tokens),
         _counter("steps", "Forward passes.", load.steps),
         _counter("step_seconds", "Time in forward passes.", load.step_s),
+        _counter("reload_seconds", "Copies from the host, of turns up to their first token.", load.reload_s),
+        _counter("recompute_seconds", "The same of recomputed tokens.", load.recompute_s),
         _counter("evicted_blocks", "KV blocks given up to make room.", load.evicted_blocks),
         _counters("copied_blocks", "KV blocks copied between the tiers.", "to", copied),
         _counter("failed_copies", "KV blocks whose copy failed.", load.failed_copies),

@@ -26,6 +26,23 @@ class ReplyKind(Enum):
     TOOL_CALL = "tool_call"
 
 
+class RunState(Enum):
+    """What becomes of a turn between its acceptance and its end."""
+
+    RUNNING = "running"  # it is computed, or goes on being computed
+    SUSPENDED = "suspended"  # turns that began before it need its memory; it goes on by itself
+    PAUSED = "paused"  # it is not read fast enough, and other turns run meanwhile
+    UNKNOWN = "unknown"  # a newer server has more states
+
+
+@dataclass(frozen=True, slots=True)
+class TurnState:
+    """Of a turn, from now on."""
+
+    state: RunState
+    found: pb.Usage  # with RUNNING: where the KV of all that the turn holds by now was found; else empty
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
     """More of the reply, all of one kind.  With `restarted`, discard what was shown: it begins anew."""
@@ -136,6 +153,12 @@ class ReplyBuffer:
             rewritten_from=self.rewritten_from,
             logprobs=self.logprobs,
         )
+
+
+def state_of(event: pb.StateChanged) -> TurnState:
+    known = {value: name.removeprefix("RUN_STATE_") for name, value in pb.RunState.items()}
+    state = RunState.__members__.get(known.get(event.state, ""), RunState.UNKNOWN)
+    return TurnState(state, event.found)
 
 
 def _shown_as(delta: pb.Delta) -> Delta:

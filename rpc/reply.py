@@ -2,13 +2,13 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 
 from rpc._generated import continuo_pb2 as pb
 from rpc.failure import Cancelled, Unavailable, error_of_message
-from rpc.outcome import Delta, ReplyBuffer, Turn
+from rpc.outcome import Delta, ReplyBuffer, Turn, TurnState, state_of
 
-ReplyEvent = pb.TurnAccepted | pb.HistoryRewritten | pb.Delta | pb.TurnDone
+ReplyEvent = pb.TurnAccepted | pb.HistoryRewritten | pb.StateChanged | pb.Delta | pb.TurnDone
 
 
 class Reply:
@@ -20,7 +20,8 @@ class Reply:
 
     events: AsyncGenerator[ReplyEvent, None]  # set once, by whoever makes the reply
 
-    def __init__(self) -> None:
+    def __init__(self, on_state: Callable[[TurnState], None] | None = None) -> None:
+        self._on_state = on_state
         self._buffer = ReplyBuffer()
         self._unread: deque[Delta] = deque()
         self._turn: Turn | None = None
@@ -73,6 +74,9 @@ class Reply:
                     self._buffer.restart()
             case pb.HistoryRewritten():
                 self._buffer.rewritten_from = event.first_token
+            case pb.StateChanged():
+                if self._on_state is not None:
+                    self._on_state(state_of(event))
             case pb.Delta():
                 self._unread.extend(self._buffer.add(event))
             case pb.TurnDone():
@@ -87,6 +91,8 @@ def event_of(turn_id: str, client_seq: int, event: pb.ServerEvent) -> ReplyEvent
             return event.turn_accepted
         case "history_rewritten" if event.history_rewritten.turn_id == turn_id:
             return event.history_rewritten
+        case "state_changed" if event.state_changed.turn_id == turn_id:
+            return event.state_changed
         case "delta" if event.delta.turn_id == turn_id:
             return event.delta
         case "turn_done" if event.turn_done.turn_id == turn_id:

@@ -22,10 +22,12 @@ def since_start(now: pb.GetLoadResponse) -> pb.GetLoadResponse:
 def line(now: pb.GetLoadResponse, before: pb.GetLoadResponse) -> str:
     """All that matters in one line, for a file or another program."""
     states, device = now.conversations, now.device
+    causes = _causes(now, before)
+    sources = _sources(now, before) + (f"; recomputed: {causes}" if causes else "")
     return (
-        f"{now.running_turns} running, {now.waiting_turns} waiting | "
+        f"{_turns(now)} | "
         f"{_rate(now, before, 'completion_tokens'):.1f} tokens/s out, "
-        f"{_rate(now, before, 'prompt_tokens'):.1f} in{_sources(now, before)} | "
+        f"{_rate(now, before, 'prompt_tokens'):.1f} in{sources} | "
         f"first token {_milliseconds(now.ttft_s, before.ttft_s, 0.5)} | "
         f"KV {_residency(device)} | {states.attached} attached, {states.idle} idle"
     )
@@ -37,12 +39,12 @@ def page(title: str, now: pb.GetLoadResponse, before: pb.GetLoadResponse) -> lis
     seconds = now.uptime_s - before.uptime_s
     steps = now.steps - before.steps
     rows = {
-        "turns": f"{now.running_turns} running, {now.waiting_turns} waiting, "
-        f"{_rate(now, before, 'finished_turns'):.1f}/s done",
+        "turns": f"{_turns(now)}, {_rate(now, before, 'finished_turns'):.1f}/s done",
         "conversations": f"{states.running} running, {states.waiting} waiting, "
         f"{states.attached} attached, {states.idle:,} idle",
         "tokens out": f"{_rate(now, before, 'completion_tokens'):,.0f}/s",
         "tokens in": f"{_rate(now, before, 'prompt_tokens'):,.0f}/s{_sources(now, before)}",
+        "recomputed": _causes(now, before) or "none",
         "steps": f"{steps / seconds:,.1f}/s"
         + (f", {1000 * (now.step_s - before.step_s) / steps:.1f} ms each" if steps else ""),
         "device KV": f"{_bar(device)} of {device.total_tokens:,} tokens",
@@ -59,6 +61,11 @@ def page(title: str, now: pb.GetLoadResponse, before: pb.GetLoadResponse) -> lis
     }
     head = f"{title}, up {_duration(now.uptime_s)}; rates and times over {_duration(seconds)}"
     return [head, "", *(f"{label:{LABEL}} {text}" for label, text in rows.items())]
+
+
+def _turns(now: pb.GetLoadResponse) -> str:
+    suspended = f" ({now.suspended_turns} suspended)" if now.suspended_turns else ""
+    return f"{now.running_turns} running, {now.waiting_turns} waiting{suspended}"
 
 
 def _rate(now: pb.GetLoadResponse, before: pb.GetLoadResponse, name: str) -> float:
@@ -81,6 +88,18 @@ def _sources(now: pb.GetLoadResponse, before: pb.GetLoadResponse) -> str:
     names |= {"recomputed_tokens": "recomputed", "new_tokens": "new"}
     grown = {what: getattr(now, name) - getattr(before, name) for name, what in names.items()}
     return ": " + ", ".join(f"{count / prompt:.0%} {what}" for what, count in grown.items())
+
+
+def _causes(now: pb.GetLoadResponse, before: pb.GetLoadResponse) -> str:
+    """Why some of them were computed again, as shares of those."""
+    grown = {
+        "evicted": now.evicted_tokens - before.evicted_tokens,
+        "restart": now.restart_tokens - before.restart_tokens,
+        "rewritten": now.rewritten_tokens - before.rewritten_tokens,
+        "cut": now.cut_tokens - before.cut_tokens,
+    }
+    total = sum(grown.values())
+    return ", ".join(f"{count / total:.0%} {why}" for why, count in grown.items() if count)
 
 
 def _residency(tier: pb.Tier) -> str:

@@ -12,6 +12,13 @@ class RewritePolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REWRITE_POLICY_KEEP: _ClassVar[RewritePolicy]
     REWRITE_POLICY_STRIP: _ClassVar[RewritePolicy]
 
+class RunState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RUN_STATE_UNSPECIFIED: _ClassVar[RunState]
+    RUN_STATE_RUNNING: _ClassVar[RunState]
+    RUN_STATE_SUSPENDED: _ClassVar[RunState]
+    RUN_STATE_PAUSED: _ClassVar[RunState]
+
 class ReplyKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     REPLY_KIND_TEXT: _ClassVar[ReplyKind]
@@ -30,6 +37,10 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_APPENDED: _ClassVar[FinishReason]
 REWRITE_POLICY_KEEP: RewritePolicy
 REWRITE_POLICY_STRIP: RewritePolicy
+RUN_STATE_UNSPECIFIED: RunState
+RUN_STATE_RUNNING: RunState
+RUN_STATE_SUSPENDED: RunState
+RUN_STATE_PAUSED: RunState
 REPLY_KIND_TEXT: ReplyKind
 REPLY_KIND_REASONING: ReplyKind
 REPLY_KIND_TOOL_CALL: ReplyKind
@@ -258,7 +269,7 @@ class TokenIds(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ServerEvent(_message.Message):
-    __slots__ = ("seq", "opened", "resumed", "turn_accepted", "delta", "turn_done", "turn_failed", "error", "draining", "closed", "rewound", "updated", "history_rewritten")
+    __slots__ = ("seq", "opened", "resumed", "turn_accepted", "delta", "turn_done", "turn_failed", "error", "draining", "closed", "rewound", "updated", "history_rewritten", "state_changed")
     SEQ_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
@@ -272,6 +283,7 @@ class ServerEvent(_message.Message):
     REWOUND_FIELD_NUMBER: _ClassVar[int]
     UPDATED_FIELD_NUMBER: _ClassVar[int]
     HISTORY_REWRITTEN_FIELD_NUMBER: _ClassVar[int]
+    STATE_CHANGED_FIELD_NUMBER: _ClassVar[int]
     seq: int
     opened: Attached
     resumed: Attached
@@ -285,7 +297,8 @@ class ServerEvent(_message.Message):
     rewound: Rewound
     updated: Updated
     history_rewritten: HistoryRewritten
-    def __init__(self, seq: _Optional[int] = ..., opened: _Optional[_Union[Attached, _Mapping]] = ..., resumed: _Optional[_Union[Attached, _Mapping]] = ..., turn_accepted: _Optional[_Union[TurnAccepted, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., turn_done: _Optional[_Union[TurnDone, _Mapping]] = ..., turn_failed: _Optional[_Union[TurnFailed, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., updated: _Optional[_Union[Updated, _Mapping]] = ..., history_rewritten: _Optional[_Union[HistoryRewritten, _Mapping]] = ...) -> None: ...
+    state_changed: StateChanged
+    def __init__(self, seq: _Optional[int] = ..., opened: _Optional[_Union[Attached, _Mapping]] = ..., resumed: _Optional[_Union[Attached, _Mapping]] = ..., turn_accepted: _Optional[_Union[TurnAccepted, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., turn_done: _Optional[_Union[TurnDone, _Mapping]] = ..., turn_failed: _Optional[_Union[TurnFailed, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., updated: _Optional[_Union[Updated, _Mapping]] = ..., history_rewritten: _Optional[_Union[HistoryRewritten, _Mapping]] = ..., state_changed: _Optional[_Union[StateChanged, _Mapping]] = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("conversation_id", "resume_token", "committed_tokens", "committed_turns", "context_left", "last_seq")
@@ -312,6 +325,16 @@ class TurnAccepted(_message.Message):
     queue_position: int
     restarted: bool
     def __init__(self, turn_id: _Optional[str] = ..., queue_position: _Optional[int] = ..., restarted: bool = ...) -> None: ...
+
+class StateChanged(_message.Message):
+    __slots__ = ("turn_id", "state", "found")
+    TURN_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    turn_id: str
+    state: RunState
+    found: Usage
+    def __init__(self, turn_id: _Optional[str] = ..., state: _Optional[_Union[RunState, str]] = ..., found: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("turn_id", "offset", "token_ids", "text", "kind", "logprobs")
@@ -718,7 +741,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("uptime_s", "running_turns", "waiting_turns", "conversations", "device", "host", "accepted_turns", "finished_turns", "failed_turns", "refused_turns", "reattached_streams", "prompt_tokens", "cached_device_tokens", "cached_host_tokens", "recomputed_tokens", "new_tokens", "completion_tokens", "computed_tokens", "steps", "step_s", "evicted_blocks", "stored_blocks", "loaded_blocks", "failed_copies", "queue_s", "ttft_s", "inter_token_s", "total_s")
+    __slots__ = ("uptime_s", "running_turns", "waiting_turns", "suspended_turns", "conversations", "device", "host", "accepted_turns", "finished_turns", "failed_turns", "refused_turns", "reattached_streams", "suspensions", "prompt_tokens", "cached_device_tokens", "cached_host_tokens", "recomputed_tokens", "new_tokens", "evicted_tokens", "restart_tokens", "rewritten_tokens", "cut_tokens", "never_computed_tokens", "completion_tokens", "computed_tokens", "steps", "step_s", "reload_s", "recompute_s", "evicted_blocks", "stored_blocks", "loaded_blocks", "failed_copies", "queue_s", "ttft_s", "inter_token_s", "total_s")
     class FinishedTurnsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -743,6 +766,7 @@ class GetLoadResponse(_message.Message):
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     RUNNING_TURNS_FIELD_NUMBER: _ClassVar[int]
     WAITING_TURNS_FIELD_NUMBER: _ClassVar[int]
+    SUSPENDED_TURNS_FIELD_NUMBER: _ClassVar[int]
     CONVERSATIONS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
@@ -751,15 +775,23 @@ class GetLoadResponse(_message.Message):
     FAILED_TURNS_FIELD_NUMBER: _ClassVar[int]
     REFUSED_TURNS_FIELD_NUMBER: _ClassVar[int]
     REATTACHED_STREAMS_FIELD_NUMBER: _ClassVar[int]
+    SUSPENSIONS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESTART_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REWRITTEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEVER_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_S_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     EVICTED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     STORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     LOADED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -771,6 +803,7 @@ class GetLoadResponse(_message.Message):
     uptime_s: float
     running_turns: int
     waiting_turns: int
+    suspended_turns: int
     conversations: ConversationCounts
     device: Tier
     host: Tier
@@ -779,15 +812,23 @@ class GetLoadResponse(_message.Message):
     failed_turns: _containers.ScalarMap[str, int]
     refused_turns: _containers.ScalarMap[str, int]
     reattached_streams: int
+    suspensions: int
     prompt_tokens: int
     cached_device_tokens: int
     cached_host_tokens: int
     recomputed_tokens: int
     new_tokens: int
+    evicted_tokens: int
+    restart_tokens: int
+    rewritten_tokens: int
+    cut_tokens: int
+    never_computed_tokens: int
     completion_tokens: int
     computed_tokens: int
     steps: int
     step_s: float
+    reload_s: float
+    recompute_s: float
     evicted_blocks: int
     stored_blocks: int
     loaded_blocks: int
@@ -796,7 +837,7 @@ class GetLoadResponse(_message.Message):
     ttft_s: Histogram
     inter_token_s: Histogram
     total_s: Histogram
-    def __init__(self, uptime_s: _Optional[float] = ..., running_turns: _Optional[int] = ..., waiting_turns: _Optional[int] = ..., conversations: _Optional[_Union[ConversationCounts, _Mapping]] = ..., device: _Optional[_Union[Tier, _Mapping]] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., accepted_turns: _Optional[int] = ..., finished_turns: _Optional[_Mapping[str, int]] = ..., failed_turns: _Optional[_Mapping[str, int]] = ..., refused_turns: _Optional[_Mapping[str, int]] = ..., reattached_streams: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., cached_host_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., evicted_blocks: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., loaded_blocks: _Optional[int] = ..., failed_copies: _Optional[int] = ..., queue_s: _Optional[_Union[Histogram, _Mapping]] = ..., ttft_s: _Optional[_Union[Histogram, _Mapping]] = ..., inter_token_s: _Optional[_Union[Histogram, _Mapping]] = ..., total_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+    def __init__(self, uptime_s: _Optional[float] = ..., running_turns: _Optional[int] = ..., waiting_turns: _Optional[int] = ..., suspended_turns: _Optional[int] = ..., conversations: _Optional[_Union[ConversationCounts, _Mapping]] = ..., device: _Optional[_Union[Tier, _Mapping]] = ..., host: _Optional[_Union[Tier, _Mapping]] = ..., accepted_turns: _Optional[int] = ..., finished_turns: _Optional[_Mapping[str, int]] = ..., failed_turns: _Optional[_Mapping[str, int]] = ..., refused_turns: _Optional[_Mapping[str, int]] = ..., reattached_streams: _Optional[int] = ..., suspensions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., cached_host_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., evicted_tokens: _Optional[int] = ..., restart_tokens: _Optional[int] = ..., rewritten_tokens: _Optional[int] = ..., cut_tokens: _Optional[int] = ..., never_computed_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., steps: _Optional[int] = ..., step_s: _Optional[float] = ..., reload_s: _Optional[float] = ..., recompute_s: _Optional[float] = ..., evicted_blocks: _Optional[int] = ..., stored_blocks: _Optional[int] = ..., loaded_blocks: _Optional[int] = ..., failed_copies: _Optional[int] = ..., queue_s: _Optional[_Union[Histogram, _Mapping]] = ..., ttft_s: _Optional[_Union[Histogram, _Mapping]] = ..., inter_token_s: _Optional[_Union[Histogram, _Mapping]] = ..., total_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
 
 class ConversationCounts(_message.Message):
     __slots__ = ("running", "waiting", "attached", "idle")

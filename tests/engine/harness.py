@@ -28,11 +28,13 @@ from engine.types import (
     ModelInfo,
     RegenerateRequest,
     SamplingParams,
+    StateChanged,
     Tenant,
     TurnDone,
     TurnFailed,
     TurnId,
     TurnRequest,
+    Usage,
 )
 from tests.fakes import CHAT_TEMPLATE, FakeRunner, FakeTransfer, byte_tokenizer, stateless_reply
 
@@ -123,9 +125,12 @@ async def until(happened: Callable[[], bool]) -> None:
 
 
 async def read(attachment: Attachment, count: int) -> list[ConversationEvent]:
+    """The next events but those that only tell of states."""
     events: list[ConversationEvent] = []
     if count:
         async for event in attachment.events():
+            if isinstance(event, StateChanged):
+                continue
             events.append(event)
             if len(events) == count:
                 break
@@ -193,3 +198,12 @@ async def talked(chat: Attachment, times: int = 3) -> list[int]:
         reply, _ = await say(chat, ids_turn(str(number), prompt))
         history += [*prompt, *reply]
     return history
+
+
+def check_sums(usage: Usage) -> None:
+    """Every token of the prompt is counted once, and so is every reason."""
+    cached = usage.cached_device_tokens + usage.cached_host_tokens
+    assert usage.prompt_tokens == cached + usage.recomputed_tokens + usage.new_tokens
+    reasons = (usage.evicted_tokens, usage.restart_tokens, usage.rewritten_tokens, usage.cut_tokens)
+    assert usage.recomputed_tokens == sum(reasons)
+    assert 0 <= usage.never_computed_tokens <= usage.new_tokens and min(reasons) >= 0

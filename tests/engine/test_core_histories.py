@@ -26,7 +26,8 @@ from engine.conversation import Conversation, Turn, TurnState
 from engine.core import EngineCore
 from engine.errors import ContextOverflow
 from engine.scheduler import Scheduler, Step
-from engine.types import ConversationId, FinishReason, SamplingParams, Tenant, TurnId
+from engine.types import ConversationId, FinishReason, RunState, SamplingParams, Tenant, TurnId, Usage
+from tests.engine.harness import check_sums
 from tests.fakes import EOS, POISON, VOCAB, FakeClock, FakeRunner, FakeTransfer, stateless_reply
 
 BLOCK_SIZE = 4
@@ -73,6 +74,18 @@ class Histories(RuleBasedStateMachine):
         self.before: dict[Turn, list[int]] = {}  # history before the turn
         self.started: dict[Turn, list[int]] = {}  # history at the turn's beginning, prompt included
         self.commits = True  # False: the log will refuse the next turn that ends
+        self.runs: dict[Turn, bool] = {}  # as its states tell
+        self.core.scheduler.on_state = self.state_changed
+
+    def state_changed(self, turn: Turn, state: RunState, found: Usage | None) -> None:
+        assert self.runs.get(turn, False) is not (state is RunState.RUNNING), "the same was told twice"
+        assert turn.paused is (state is RunState.PAUSED)
+        self.runs[turn] = state is RunState.RUNNING
+        assert (found is not None) is self.runs[turn]
+        if found is not None:
+            check_sums(found)
+            assert found.prompt_tokens == len(turn.conversation.tokens)
+        self.seen[state.name] += 1
 
     def num_kept(self, conversation: Conversation, num_tokens: int) -> int:
         """Of the first tokens, on either tier."""
@@ -176,6 +189,8 @@ class Histories(RuleBasedStateMachine):
         for event in self.core.apply(step, self.core.execute(step)):
             if event.finish_reason is not None:
                 self.expect_stateless_equal(event.turn)
+                assert event.turn.usage is not None
+                check_sums(event.turn.usage)
                 self.commit(event.turn)
 
     def commit(self, turn: Turn) -> None:

@@ -27,6 +27,7 @@ from engine.types import (
     ResumeRequest,
     SamplingParams,
     Standing,
+    StateChanged,
     Tenant,
     TurnAccepted,
     TurnDone,
@@ -35,7 +36,7 @@ from engine.types import (
     TurnRequest,
     UpdateRequest,
 )
-from tests.engine.harness import VOCAB, fake_engine
+from tests.engine.harness import VOCAB, check_sums, fake_engine
 from tests.fakes import stateless_reply
 
 TENANT = Tenant("local")
@@ -255,11 +256,13 @@ class Histories:
         assert client.attachment is not None
         async with asyncio.timeout(20):
             async for event in client.attachment.events():
-                assert isinstance(event, TurnAccepted | Delta | TurnDone | TurnFailed)
+                assert isinstance(event, TurnAccepted | StateChanged | Delta | TurnDone | TurnFailed)
                 if client.pending is None or event.turn_id != client.pending.turn_id:
                     continue  # a turn that was sent again just when it ended is told twice
                 assert event.seq > client.seq, "events came twice or out of order"
                 client.seq = event.seq
+                if isinstance(event, StateChanged) and event.found is not None:
+                    check_sums(event.found)
                 if isinstance(event, TurnAccepted) and event.restarted:
                     client.shown = []
                 if isinstance(event, Delta):
@@ -292,6 +295,10 @@ class Histories:
         assert (done.finish_reason is FinishReason.APPENDED) is is_append
         client.turns[-1] = Told(done.turn_id, prompt, client.shown, is_append)
         assert done.committed_tokens == len(client.history)
+        check_sums(done.usage)
+        timing = done.timing
+        parts = (timing.queue_s, timing.reload_s, timing.recompute_s, timing.prefill_s)
+        assert min(parts) >= 0 and sum(parts) <= timing.ttft_s + 1e-6 <= timing.total_s + 2e-6
         client.pending, client.shown = None, []
 
 

@@ -26,11 +26,22 @@ from engine.types import (
 from tests.engine.harness import BLOCK_SIZE, LOCAL, append_turn, fake_engine, ids_turn, read, say, until_done
 from tests.loads import a_load
 
-USAGE = Usage(prompt_tokens=100, cached_device_tokens=60, recomputed_tokens=30, new_tokens=10)
+USAGE = Usage(
+    prompt_tokens=100,
+    cached_device_tokens=60,
+    recomputed_tokens=30,
+    new_tokens=10,
+    evicted_tokens=14,
+    restart_tokens=9,
+    rewritten_tokens=5,
+    cut_tokens=2,
+    never_computed_tokens=7,
+)
 
 
 def a_turn(row=1, arrived_s=0.0, started_s=0.5, usage=USAGE):
-    return SimpleNamespace(row=row, arrived_s=arrived_s, started_s=started_s, usage=usage)
+    times = {"arrived_s": arrived_s, "started_s": started_s, "reload_s": 0.25, "recompute_s": 0.125}
+    return SimpleNamespace(row=row, usage=usage, **times)
 
 
 def a_record(reason=FinishReason.LENGTH, total_s=2.0):
@@ -98,7 +109,10 @@ def test_the_first_token_brings_queue_time_ttft_and_where_the_prompt_came_from()
     assert observed(load.ttft_s) == ({5.0: 1}, 4.0)
     assert observed(load.inter_token_s) == ({0.1: 1}, 0.0625)
     assert (load.prompt_tokens, load.cached_device_tokens) == (100, 60)
-    assert (load.recomputed_tokens, load.new_tokens) == (30, 10)
+    assert (load.recomputed_tokens, load.new_tokens, load.never_computed_tokens) == (30, 10, 7)
+    causes = (load.evicted_tokens, load.restart_tokens, load.rewritten_tokens, load.cut_tokens)
+    assert causes == (14, 9, 5, 2)
+    assert (load.reload_s, load.recompute_s) == (0.25, 0.125)
     assert (load.completion_tokens, load.computed_tokens, load.steps, load.step_s) == (2, 141, 3, 1.0)
 
 
@@ -226,7 +240,7 @@ async def test_refused_turns_and_streams_that_come_back_are_counted() -> None:
 def test_the_summary_tells_an_interval_in_which_something_was_computed() -> None:
     now = a_load(uptime_s=110.0, steps=450, step_s=17.0, completion_tokens=3600, computed_tokens=8000)
     assert summary_line(now, a_load()) == (
-        "3 running, 1 waiting | 10.0 tokens/s out, 250.0 computed/s | "
+        "3 running, 5 waiting | 10.0 tokens/s out, 250.0 computed/s | "
         "KV 25% in use, 50% idle, 25% free | step 20.0 ms"
     )
     assert summary_line(a_load(uptime_s=110.0), a_load()) is None

@@ -23,6 +23,8 @@ from engine.types import (
     OpenRequest,
     ReplyKind,
     ResumeRequest,
+    RunState,
+    StateChanged,
     Tenant,
     Timing,
     TokenLogprobs,
@@ -55,6 +57,7 @@ class FakeEngine:
         self.greeting = "You said: "
         self.thoughts = ""  # letters that are marked as reasoning
         self.rewritten_from: int | None = None  # from there on the template renders the past of a turn anew
+        self.interruptions: tuple[RunState, ...] = ()  # of every turn, before its first token
         self.letters_per_token = 1  # more of them make a reply that fills every buffer on the way
         self.detached = asyncio.Event()  # some stream went away
         self.holding = asyncio.Event()  # some reply waits
@@ -299,6 +302,14 @@ class FakeEngine:
                     policy=conversation.record.on_rewrite,
                 )
             )
+        if said.wants_reply:
+            history, num_new = conversation.committed_tokens(), len(_prompt(said))
+            found = Usage(history + num_new, 0, history, new_tokens=num_new)
+            conversation.emit(
+                partial(StateChanged, turn_id=said.turn_id, state=RunState.RUNNING, found=found)
+            )
+            for state in self.interruptions:
+                conversation.emit(partial(StateChanged, turn_id=said.turn_id, state=state))
         reply: list[int] = []
         reason = FinishReason.STOP_TOKEN if said.wants_reply else FinishReason.APPENDED
         failure: Exception | None = None

@@ -19,7 +19,12 @@ async def test_a_turn_is_accepted_streamed_and_done_with_growing_seq(wire):
     assert opened.conversation_id and opened.resume_token and opened.context_left == 4096
     await wire.say("Hi")
     events = await wire.until("turn_done")
-    assert kinds(events)[0] == "turn_accepted" and set(kinds(events)[1:-1]) == {"delta"}
+    assert kinds(events)[:2] == ["turn_accepted", "state_changed"] and set(kinds(events)[2:-1]) == {"delta"}
+    assert events[1].state_changed == pb.StateChanged(
+        turn_id=events[0].turn_accepted.turn_id,
+        state=pb.RUN_STATE_RUNNING,
+        found=pb.Usage(prompt_tokens=2, new_tokens=2),
+    )
     assert reply_of(events) == "You said: Hi"
     assert [token for e in events for token in e.delta.token_ids] == [ord(c) for c in "You said: Hi"]
     assert all(a.seq < b.seq for a, b in zip(events, events[1:], strict=False))

@@ -30,6 +30,7 @@ async def test_the_python_example_runs(server, capsys):
     await names["main"]()
     shown = capsys.readouterr().out
     assert shown.startswith("You said: My cat is called Miso.FinishReason.STOP_TOKEN 0 ")
+    assert "[reads 22 tokens]\n0 0.0\n" in shown
     assert "2 ['You said: My cat is called Miso.', 'You said: What is my cat called?']" in shown
 
 

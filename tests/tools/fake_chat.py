@@ -50,12 +50,12 @@ class FakeChat:
         self.cancelled = asyncio.Event()
         self._client = client
 
-    def say(self, text, *, turn_id):
+    def say(self, text, *, turn_id, on_state):
         self._client.called("say", self.id, text)
         self._client.turn_ids.append(turn_id)
         return FakeReply(self, self._client.next_failure(), self._client.endless)
 
-    def regenerate(self, **sampling):
+    def regenerate(self, *, on_state, **sampling):
         self._client.called("regenerate", self.id, sampling)
         return FakeReply(self)
 

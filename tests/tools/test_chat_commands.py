@@ -111,7 +111,7 @@ async def test_a_long_list_says_that_there_are_more():
 async def test_help_names_every_command_and_statistics_the_whole_conversation():
     _, screen = await chat("/help", "/open c-1", "/stats")
     assert all(f"/{name}" in screen.notes[0] for name in COMMANDS)
-    assert screen.notes[-1].startswith("c-1: 2 turns, 66 tokens of history\n0 tokens reused from device")
+    assert screen.notes[-1].startswith("c-1: 2 turns, 66 tokens of history\nreused 0")
 
 
 async def test_quit_ends_the_chat():

@@ -75,14 +75,16 @@ def test_the_status_line_says_what_was_reused_what_it_cost_and_what_is_left():
     usage = pb.Usage(
         prompt_tokens=1150,
         completion_tokens=20,
-        cached_device_tokens=1024,
+        cached_device_tokens=824,
+        cached_host_tokens=200,
         recomputed_tokens=96,
+        evicted_tokens=96,
         new_tokens=30,
     )
     timing = pb.Timing(ttft_s=0.0123, total_s=0.49)
     ended = turn(usage=usage, timing=timing, context_left=2048)
     line = (
-        "1,024 tokens reused from device · 96 recomputed · 30 new · "
+        "reused 1,024 (device 824, host 200) · computed again 96 (evicted) · new 30 · "
         "a reply of 20 in 0.5 s, first after 12 ms · 2,048 left"
     )
     assert status_line(ended) == line

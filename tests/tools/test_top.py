@@ -19,6 +19,11 @@ from tests.rpc.fakes import FakeEngine
 from tools import top, top_view
 from tools.connection import UsageError
 
+SINCE_START = (
+    "75% reused, 4% from host, 6% recomputed, 15% new; "
+    "recomputed: 58% evicted, 24% restart, 15% rewritten, 3% cut"
+)
+
 
 def loads(**later):
     """Now and two seconds before."""
@@ -33,13 +38,15 @@ def test_a_line_tells_what_happened_between_two_answers() -> None:
         completion_tokens=3600,
         prompt_tokens=8400,
         cached_device_tokens=6300,
-        recomputed_tokens=450,
-        new_tokens=1300,
+        recomputed_tokens=490,
+        evicted_tokens=290,
+        cut_tokens=23,
+        new_tokens=1260,
         ttft_s=Histogram(BOUNDS, (0, 60, 4, 0), 5.0),
     )
     assert top_view.line(now, before) == (
-        "3 running, 1 waiting | 50.0 tokens/s out, "
-        "200.0 in: 75% reused, 0% from host, 0% recomputed, 25% new | "
+        "3 running, 5 waiting (1 suspended) | 50.0 tokens/s out, "
+        "200.0 in: 75% reused, 0% from host, 10% recomputed, 15% new; recomputed: 75% evicted, 25% cut | "
         "first token 550 ms | KV 25% in use, 50% idle, 25% free | 12 attached, 2034 idle"
     )
 
@@ -64,10 +71,11 @@ def test_a_page_shows_turns_conversations_memory_speed_and_endings() -> None:
     rows = top_view.page("tiny at here:1", now, before)
     assert rows[0] == "tiny at here:1, up 102 s; rates and times over 2 s"
     assert rows[2:] == [
-        "turns           3 running, 1 waiting, 2.0/s done",
+        "turns           3 running, 5 waiting (1 suspended), 2.0/s done",
         "conversations   2 running, 4 waiting, 12 attached, 2,034 idle",
         "tokens out      1,500/s",
         "tokens in       0/s",
+        "recomputed      none",
         "steps           50.0/s, 10.0 ms each",
         "device KV       ██████▒▒▒▒▒▒▒▒▒▒▒▒░░░░░░ of 1,000 tokens",
         "                25% in use, 50% idle, 25% free",
@@ -85,7 +93,7 @@ def test_a_page_shows_turns_conversations_memory_speed_and_endings() -> None:
 def test_all_since_the_start_is_compared_with_nothing() -> None:
     now = codec.load(a_load())
     line = top_view.line(now, top_view.since_start(now))
-    assert "35.0 tokens/s out, 80.0 in: 75% reused, 4% from host, 6% recomputed, 15% new" in line
+    assert f"35.0 tokens/s out, 80.0 in: {SINCE_START} | " in line
 
 
 @pytest.mark.parametrize(
@@ -137,7 +145,7 @@ async def test_piped_it_writes_a_line_per_interval_and_ends_with_the_server(caps
             await watch(server)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[1] for line in lines] == [
-        "100.0 tokens/s out, 800.0 in: 75% reused, 4% from host, 6% recomputed, 15% new",
+        f"100.0 tokens/s out, 800.0 in: {SINCE_START}",
         *["100.0 tokens/s out, 0.0 in"] * 2,
     ]
 
@@ -146,7 +154,7 @@ async def test_once_is_one_line_about_all_since_the_start(capsys) -> None:
     async with Watched(10.0, 12.0) as engine, running(engine) as server:
         await watch(server, once=True)
     (line,) = capsys.readouterr().out.splitlines()
-    assert "| 100.0 tokens/s out, 800.0 in: 75% reused, 4% from host, 6% recomputed, 15% new |" in line
+    assert f"| 100.0 tokens/s out, 800.0 in: {SINCE_START} |" in line
 
 
 async def test_a_server_that_was_started_anew_is_not_compared_with_the_one_before(capsys) -> None:
@@ -169,8 +177,8 @@ async def test_a_terminal_is_drawn_over_and_stays_when_the_server_goes_away(caps
     first, gone, back = re.split(r"\x1b\[\d+F", capsys.readouterr().out)[:3]
     assert first.startswith("fake at") and first.endswith("\x1b[J")
     rows = first.split("\x1b[K\n")
-    assert len(rows) == 18 and max(map(len, rows)) == 39
-    assert gone.split("\x1b[K\n")[:16] == rows[:16]
+    assert len(rows) == 19 and max(map(len, rows)) == 39
+    assert gone.split("\x1b[K\n")[:17] == rows[:17]
     assert "no server answers at" in gone and "no server answers at" not in back
     assert "tokens out      100/s" in back
 

@@ -72,7 +72,7 @@ async def _rewind(talk: Talk, argument: str) -> None:
 
 async def _regenerate(talk: Talk, argument: str) -> None:
     chat = talk.begun()
-    await talk.answer(chat.regenerate(**_sampling(argument)))
+    await talk.answer(chat.regenerate(**_sampling(argument), on_state=talk.state_changed))
 
 
 async def _fork(talk: Talk, argument: str) -> None:

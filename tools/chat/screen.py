@@ -30,6 +30,10 @@ class Screen(Protocol):
 
     def turn_ended(self, turn: Turn) -> None: ...
 
+    def suspended(self) -> None:
+        """The reply waits for memory and goes on by itself."""
+        ...
+
     def reconnecting(self) -> None:
         """The server is not there, and is tried again."""
         ...
@@ -63,6 +67,8 @@ class Pipe:
 
     def turn_ended(self, turn: Turn) -> None:
         print(flush=True)
+
+    def suspended(self) -> None: ...
 
     def reconnecting(self) -> None: ...
 
@@ -111,6 +117,9 @@ class Terminal:
     def turn_ended(self, turn: Turn) -> None:
         self._is_lost = False
         self._line(f"{status_line(turn)}\n", DIM)
+
+    def suspended(self) -> None:
+        self.note("others need the memory; the reply goes on by itself when there is room (Ctrl-C ends it)")
 
     def reconnecting(self) -> None:
         if not self._is_lost:

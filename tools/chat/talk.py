@@ -4,7 +4,7 @@ import asyncio
 import uuid
 from typing import Any
 
-from rpc.client import Chat, ContinuoClient, ContinuoError, Reply, Unavailable
+from rpc.client import Chat, ContinuoClient, ContinuoError, Reply, RunState, TurnState, Unavailable
 from tools.chat.screen import Screen
 from tools.chat.wording import transcript
 
@@ -48,7 +48,7 @@ class Talk:
         self._unanswered = text, turn_id
         try:
             chat = await self.opened(text)
-            await self.answer(chat.say(text, turn_id=turn_id))
+            await self.answer(chat.say(text, turn_id=turn_id, on_state=self.state_changed))
         except ContinuoError:
             self.screen.suggest(text)
             raise
@@ -71,6 +71,10 @@ class Talk:
             self.screen.turn_ended(await reply)
         finally:
             self._answering = None
+
+    def state_changed(self, turn: TurnState) -> None:
+        if turn.state is RunState.SUSPENDED:
+            self.screen.suspended()
 
     async def opened(self, first_words: str) -> Chat:
         if self.chat is None:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from google.protobuf.json_format import MessageToDict
 
@@ -34,23 +34,33 @@ def status_line(turn: Turn) -> str:
 
 
 def reuse(usage: pb.Usage) -> list[str]:
+    """Where the prompt's tokens came from, and why some were computed again."""
+    tiers = {"device": usage.cached_device_tokens, "host": usage.cached_host_tokens}
+    reasons = {
+        "evicted": usage.evicted_tokens,
+        "restart": usage.restart_tokens,
+        "rewritten": usage.rewritten_tokens,
+        "cut": usage.cut_tokens,
+    }
+    again, given = usage.recomputed_tokens, usage.never_computed_tokens
     return [
-        f"{usage.cached_device_tokens:,} tokens reused from device",
-        *([f"{usage.cached_host_tokens:,} from host"] if usage.cached_host_tokens else []),
-        f"{usage.recomputed_tokens:,} recomputed",
-        f"{usage.new_tokens:,} new",
+        f"reused {sum(tiers.values()):,}{_split(tiers)}",
+        *([f"computed again {again:,}{_split(reasons)}"] if again else []),
+        f"new {usage.new_tokens:,}" + (f" ({given:,} of the history)" if given else ""),
     ]
+
+
+def _split(counts: Mapping[str, int]) -> str:
+    found = {name: count for name, count in counts.items() if count}
+    if len(found) < 2:
+        return "".join(f" ({name})" for name in found)
+    return f" ({', '.join(f'{name} {count:,}' for name, count in found.items())})"
 
 
 def statistics(conversation: pb.Conversation, turns: Sequence[pb.CommittedTurn]) -> str:
     """The whole conversation so far."""
-    total = pb.Usage(
-        completion_tokens=sum(turn.usage.completion_tokens for turn in turns),
-        cached_device_tokens=sum(turn.usage.cached_device_tokens for turn in turns),
-        cached_host_tokens=sum(turn.usage.cached_host_tokens for turn in turns),
-        recomputed_tokens=sum(turn.usage.recomputed_tokens for turn in turns),
-        new_tokens=sum(turn.usage.new_tokens for turn in turns),
-    )
+    names = [field.name for field in pb.Usage.DESCRIPTOR.fields]
+    total = pb.Usage(**{name: sum(getattr(turn.usage, name) for turn in turns) for name in names})
     answered = [turn.timing for turn in turns if turn.reply_token_ids]
     lines = [
         f"{conversation.conversation_id}: {count(conversation.num_turns, 'turn')}, "
