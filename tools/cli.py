@@ -280,6 +280,12 @@ def _declare_bench(add_command: Callable[..., Parser]) -> None:
     add = parser.add_argument_group("what comes out").add_argument
     add("--slo-ttft-ms", type=above_zero, metavar="X", help="limit for goodput")
     add("--slo-tpot-ms", type=above_zero, metavar="X", help="limit for goodput")
+    add(
+        "--at-normalised-ms",
+        type=above_zero,
+        metavar="X",
+        help="tell the turns per second at which the p90 normalised latency crosses this",
+    )
     add("--json", type=Path, metavar="FILE", help="everything measured, point by point")
     add("--plots", type=Path, metavar="DIR", help="PNG files; they need matplotlib (the extra bench)")
 

@@ -11,7 +11,7 @@ from rpc._generated import continuo_pb2 as pb
 from rpc.client import ResourceExhausted, Unavailable
 from tests.tools.virtual_server import VirtualServer, play
 from tools import cli
-from tools.bench import metrics, plots, report
+from tools.bench import compare, metrics, plots, report
 from tools.bench.driver import Driver, Manner, Sample, TurnRecord
 from tools.bench.generator import Observed
 from tools.bench.metrics import Limits
@@ -413,6 +413,59 @@ def test_without_matplotlib_a_sentence_says_how_to_get_plots(monkeypatch, tmp_pa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plots.draw_all({}, tmp_path / "plots") == plots.HOW
     assert not (tmp_path / "plots").exists()
+
+
+def curve(*points):
+    """A report of points: configuration, rate, repeat, turns/s, normalised latency."""
+    return {
+        "points": [
+            {
+                "configuration": configuration,
+                "rate": rate,
+                "conversations": None,
+                "repeat": repeat,
+                "figures": {
+                    "turns_per_s": turns_per_s,
+                    "normalised_ms_p90": latency_ms,
+                    "normalised_ms_mean": latency_ms,
+                    "server_cpu_s_per_turn": None,
+                },
+            }
+            for configuration, rate, repeat, turns_per_s, latency_ms in points
+        ]
+    }
+
+
+def test_turns_at_equal_latency_are_where_the_curve_crosses_it() -> None:
+    told = curve(
+        *(("device", rate, 0, rate, 10.0 * rate) for rate in (3.0, 1.0, 2.0)),
+        *(("slow", rate, 0, rate, 100.0) for rate in (1.0, 2.0)),
+        ("fast", 1.0, 0, 1.5, 5.0),
+        *(("stuck", rate, 0, done, ms) for rate, done, ms in ((1.0, 1.0, 5.0), (2.0, 0.5, 45.0))),
+        ("none", 1.0, 0, 0.0, None),
+    )
+    assert compare.at_equal_latency(told, 25.0).splitlines()[1:] == [
+        "  device: 2.50",
+        "  slow: not reached, 1.00 turns/s have 100 ms already",
+        "  fast: 1.50 or more, the highest load stays below",
+        "  stuck: 0.75",
+        "  none: nothing was measured",
+    ]
+
+
+def test_repeats_are_compared_pair_by_pair() -> None:
+    ratios = (1.5, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.1)
+    points = [
+        (name, 1.0, repeat, 1.0, 10.0 * (ratio if name == "two-tier" else 1.0) * (1 + repeat))
+        for repeat, ratio in enumerate(ratios)
+        for name in ("device", "two-tier")
+    ]
+    assert compare.pair_by_pair(curve(*points)) == (
+        "1 turns/s offered: normalised_ms_mean of two-tier / device: median 0.935 of 10 pairs, "
+        "95% interval 0.900 to 0.970"
+    )
+    assert "too few for an interval" in compare.pair_by_pair(curve(*points[:4]))
+    assert compare.pair_by_pair(curve(*points[:2])) == ""
 
 
 def test_repeats_become_one_column_of_medians() -> None:

@@ -13,10 +13,9 @@ report      table and JSON; plots draws, progress tells how far it is
 
 import asyncio
 from argparse import Namespace
-from pathlib import Path
 
 from rpc.client import ContinuoError
-from tools.bench import plots, report
+from tools.bench import compare, plots, report
 from tools.bench.files import FileError
 from tools.bench.generator import NothingFits, Observed
 from tools.bench.plan import Plan, Point, plan_of
@@ -39,7 +38,7 @@ USAGE: tuple[type[Exception], ...] = (UsageError, FileError)
 
 def run(chosen: Namespace) -> int:
     if chosen.from_file is not None:
-        _show(report.read(chosen.from_file), chosen.plots)
+        _show(report.read(chosen.from_file), chosen)
         return 0
     planned = plan_of(chosen)
     if chosen.json is not None and not chosen.json.parent.is_dir():
@@ -49,7 +48,7 @@ def run(chosen: Namespace) -> int:
         asyncio.run(_sweep(planned, chosen, told))
     finally:  # also of a sweep that was interrupted, or lost its server
         if told["points"]:
-            _show(told, chosen.plots)
+            _show(told, chosen)
     return 0
 
 
@@ -64,7 +63,11 @@ async def _sweep(planned: Plan, chosen: Namespace, told: report.Report) -> None:
         await sweep(planned, chosen, progress.at, on_point)
 
 
-def _show(told: report.Report, folder: Path | None) -> None:
-    print(report.table(told), *report.notes(told), report.definitions(told), sep="\n\n")
-    if folder is not None:
-        print(plots.draw_all(told, folder))
+def _show(told: report.Report, chosen: Namespace) -> None:
+    parts = [report.table(told), compare.pair_by_pair(told)]
+    if chosen.at_normalised_ms is not None:
+        parts.append(compare.at_equal_latency(told, chosen.at_normalised_ms))
+    parts += ["\n".join(report.notes(told)), report.definitions(told)]
+    print("\n\n".join(filter(None, parts)))
+    if chosen.plots is not None:
+        print(plots.draw_all(told, chosen.plots))

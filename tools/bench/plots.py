@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.bench.report import Report, merged
+from tools.bench.report import Report, load_of, merged, title_of
 
 HOW = "no plots: they need matplotlib; install it with: pip install '.[bench]'"
 
@@ -88,11 +88,8 @@ def _hits(axes: Any, point: dict[str, Any]) -> None:
         "recomputed": "recomputed_tokens",
     }
     axes.stackplot(series["at_s"], *(series[name] for name in names.values()), labels=list(names), step="pre")
-    load = ", ".join(
-        f"{point[name]:g} {unit}"
-        for name, unit in (("rate", "turns/s"), ("conversations", "conversations"))
-        if point[name] is not None
-    )
     axes.set(
-        xlabel="seconds", ylabel="tokens of history per second", title=f"{point['configuration']}: {load}"
+        xlabel="seconds",
+        ylabel="tokens of history per second",
+        title=f"{point['configuration']}: {title_of(load_of(point))}",
     )

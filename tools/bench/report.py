@@ -91,7 +91,7 @@ def merged(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Points that differ in their repeat alone become one, whose figures are medians."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for point in points:
-        groups.setdefault((point["rate"], point["conversations"], point["configuration"]), []).append(point)
+        groups.setdefault((*load_of(point), point["configuration"]), []).append(point)
     return [
         {**group[0], "figures": _medians([point["figures"] for point in group])} for group in groups.values()
     ]
@@ -101,6 +101,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "turns/s": ("turns_per_s",),
     "tokens/s": ("output_tokens_per_s",),
     "TTFT ms p50/p90/p99": ("ttft_ms_p50", "ttft_ms_p90", "ttft_ms_p99"),
+    "at the server: queue, TTFT ms p50": ("server_queue_ms_p50", "server_ttft_ms_p50"),
     "TTST ms p50": ("ttst_ms_p50",),
     "ITL ms p50/p99": ("itl_ms_p50", "itl_ms_p99"),
     "TPOT ms p50/p90": ("tpot_ms_p50", "tpot_ms_p90"),
@@ -120,8 +121,8 @@ def table(report: Report) -> str:
     """A block per load, a column per configuration."""
     blocks = []
     points = merged(report["points"])
-    for load in dict.fromkeys((point["rate"], point["conversations"]) for point in points):
-        here = [point for point in points if (point["rate"], point["conversations"]) == load]
+    for load in dict.fromkeys(map(load_of, points)):
+        here = [point for point in points if load_of(point) == load]
         cells = [["", *(point["configuration"] for point in here)]]
         for title, names in COLUMNS.items():
             values = [_cell(title, [point["figures"][name] for name in names]) for point in here]
@@ -129,8 +130,11 @@ def table(report: Report) -> str:
                 cells.append([title, *values])
         cells.append(["failed or refused", *(_counts(point["figures"]["failures"]) for point in here)])
         cells.append(["cancelled", *(f"{point['figures']['cancelled_turns']:g}" for point in here)])
+        cells.append(
+            ["unfinished at the end", *(f"{point['figures']['unfinished_turns']:g}" for point in here)]
+        )
         cells.append(["turns measured", *(f"{point['figures']['turns']:g}" for point in here)])
-        blocks.append(f"{_title(*load)}\n{_aligned(cells)}")
+        blocks.append(f"{title_of(load)}\n{_aligned(cells)}")
     return "\n\n".join(blocks)
 
 
@@ -164,22 +168,26 @@ def definitions(report: Report) -> str:
 def one_line(point: Mapping[str, Any]) -> str:
     """A point that is done, in short."""
     figures = point["figures"]
-    middle, p90 = (_number(figures[f"normalised_ms_{at}"]) for at in ("mean", "p90"))
-    tokens, tiers = (_number(figures[f"working_set_{unit}"]) for unit in ("tokens", "device_tiers"))
-    expected = _number(point["expected_working_set_tokens"])
+    middle, p90 = (number(figures[f"normalised_ms_{at}"]) for at in ("mean", "p90"))
+    tokens, tiers = (number(figures[f"working_set_{unit}"]) for unit in ("tokens", "device_tiers"))
+    expected = number(point["expected_working_set_tokens"])
     parts = [
         f"{figures['turns']} turns",
-        f"{_number(figures['turns_per_s'])} turns/s",
+        f"{number(figures['turns_per_s'])} turns/s",
         f"normalised {middle} ms mean, {p90} p90",
         f"working set {tokens} tokens = {tiers} device tiers ({expected} expected)",
     ]
     return ", ".join(parts)
 
 
-def _title(rate: float | None, conversations: int | None) -> str:
-    parts = ([f"{rate:g} turns/s offered"] if rate else []) + (
-        [f"{conversations} conversations"] if conversations else []
-    )
+def load_of(point: Mapping[str, Any]) -> tuple[float | None, int | None]:
+    return point["rate"], point["conversations"]
+
+
+def title_of(load: tuple[float | None, int | None]) -> str:
+    rate, conversations = load
+    parts = [] if rate is None else [f"{rate:g} turns/s offered"]
+    parts += [] if conversations is None else [f"{conversations} conversations"]
     return ", ".join(parts) or "as recorded"
 
 
@@ -198,10 +206,11 @@ def _cell(title: str, values: Sequence[float | None]) -> str:
     if all(value is None for value in values):
         return "-"
     factor = 0.001 if title.startswith(IN_SECONDS) else 100 if title.endswith(IN_PERCENT) else 1
-    return " / ".join(_number(None if value is None else factor * value) for value in values)
+    return " / ".join(number(None if value is None else factor * value) for value in values)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """With three digits or more."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
