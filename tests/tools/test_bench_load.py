@@ -149,6 +149,21 @@ def test_a_refused_turn_is_noted_and_its_conversation_goes_on() -> None:
     assert [record.failure for record in driver.records] == ["RESOURCE_EXHAUSTED QUEUE_FULL", ""]
 
 
+def test_a_server_that_opens_nothing_is_not_flooded() -> None:
+    class Closed(VirtualServer):
+        async def open(self, **arguments):
+            if self.num_turns:
+                raise ResourceExhausted("too many", "TOO_MANY_CONVERSATIONS")
+            return await super().open(**arguments)
+
+    single = [Script((Exchange(5, 3),))]
+    driver = drive(Population(single, 0, 1.0, size=1), Closed(), duration_s=60.0)
+    assert 50 < len(driver.records) < 70
+    assert {record.failure for record in finished(driver)[1:]} == {
+        "RESOURCE_EXHAUSTED TOO_MANY_CONVERSATIONS"
+    }
+
+
 def test_what_was_seen_before_the_server_was_lost_stands() -> None:
     server = VirtualServer()
     server.failures[50] = Unavailable("gone")

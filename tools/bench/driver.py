@@ -18,6 +18,7 @@ from tools.bench.workload import Exchange, token_ids
 
 FILLING = 4  # conversations whose histories are computed at once, before the clock starts
 SAMPLE_S = 1.0
+REFUSED_S = 1.0  # before the successor of a conversation that was refused
 
 
 @dataclass(slots=True)
@@ -159,10 +160,11 @@ class Driver:
     async def _hold(self, member: Member | None, due_s: float) -> None:
         """A conversation to its end; then, in a closed population, the next one."""
         while member is not None:
-            await self._converse(member, due_s)
-            member, due_s = self._people.successor(), self.now_s
+            is_served = await self._converse(member, due_s)
+            member, due_s = self._people.successor(), self.now_s + (0.0 if is_served else REFUSED_S)
 
-    async def _converse(self, member: Member, due_s: float) -> None:
+    async def _converse(self, member: Member, due_s: float) -> bool:
+        """Whether its last turn was answered."""
         begun_s = due_s
         exchanges = member.script.exchanges
         chat = self._chats.pop(member.number, None)
@@ -187,13 +189,13 @@ class Driver:
                 raise
             except ContinuoError as error:
                 record.failure = f"{error.code.name} {error.reason}".strip()
-                if chat is None:
-                    break
             record.done_s = self.now_s
+            if chat is None:
+                return False
             self.live[member.number] = chat.committed_tokens
-        if chat is not None:
-            await chat.close()  # it stays at the server: nobody says that he will not come back
+        await chat.close()  # it stays at the server: nobody says that he will not come back
         self.live.pop(member.number, None)
+        return not record.failure
 
     async def _say(
         self, chat: Any, member: Member, turn: int, record: TurnRecord, is_cancelled: bool

@@ -11,9 +11,10 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from rpc.client import Unavailable
 from tools.bench.generator import Observed, Order, Progress, generate
 from tools.bench.plan import Plan, Point
-from tools.connection import credentials
+from tools.connection import credentials, nobody_answers
 from tools.server_process import ServerFailed, ServerProcess
 
 LAST_WORDS_S = 5.0  # that a server which is gone may take to end
@@ -60,7 +61,10 @@ async def _measured(
             server_pid=server.pid if server else None,
             is_guest=server is None,
         )
-        observed = await _generated(order, on_progress)
+        try:
+            observed = await _generated(order, on_progress)
+        except Unavailable as error:
+            raise ServerFailed(nobody_answers(error, order.address)) from None
         if server is not None:
             if observed.lost:
                 observed.lost = await _last_words(server, observed.lost)
