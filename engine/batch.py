@@ -6,6 +6,7 @@ prefix are longer ones; nothing else distinguishes them.
 
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,7 @@ from engine.cache.block import BlockMove
 from engine.types import SamplingParams, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class RowParams:
+class RowParams(NamedTuple):
     """How to choose the token that follows one segment."""
 
     sampling: SamplingParams  # fully resolved
@@ -37,8 +37,7 @@ def needs_history(sampling: SamplingParams) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive positions of one conversation, computed in one step.
 
     `token_ids` is None for a single token that an earlier, not yet applied step samples for the same `row`.
@@ -75,10 +74,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The tokens that a step chose, by `Segment.row`, and how long it computed."""
+    """The tokens that a step chose, by `Segment.row`, and how long it took."""
 
     sampled: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # of the rows that asked for them
     failed_moves: frozenset[BlockMove] = frozenset()
-    load_s: float = 0.0  # for the copies from the host, before the `seconds` of computing
+    load_s: float = 0.0  # of `seconds`: for the copies from the host

@@ -295,7 +295,7 @@ class EngineCore:
     def _note_times(self, step: Step, result: StepResult) -> None:
         """What the step took of each turn's time to its first token."""
         num_loads, num_tokens = max(1, len(step.plan.loads)), max(1, step.plan.num_tokens)
-        compute_s = result.seconds - result.load_s
+        compute_s = max(0.0, result.seconds - result.load_s)
         for share in step.shares:
             turn = share.turn
             if turn.first_token_s is None:

@@ -154,7 +154,8 @@ class Timing:
     """Seconds.  `ttft` is from acceptance to the first sampled token, measured at the server.
 
     It is `queue` + `reload` + `recompute` + `prefill` + what the turn waited for besides: what its steps did
-    for others, and suspensions.  A step's seconds are shared out among the positions that it computes.
+    for others, and suspensions.  Copies that are made while it is in the queue are part of `queue` as well.
+    A step's seconds are shared out among the positions that it computes.
     """
 
     queue_s: float = 0.0
