@@ -70,7 +70,8 @@ class Chat:
         A message has role and content, and may have name, tool_call_id and tool_calls (dicts).  `timeout`:
         seconds after which the reply ends with DEADLINE and what it has.  A `turn_id` of your own makes it
         safe to say the same again, even from another process.  `on_state` is called, while the reply is read,
-        when the turn begins to run, is suspended, and goes on; what it raises, the reader gets.
+        when the turn begins to run, is suspended, and goes on; what it raises, the reader gets, and the turn
+        ends.
         """
         turn = pb.Turn(turn_id=turn_id or new_id("t"), sampling=sampling_of(sampling), timeout_s=timeout)
         set_input(turn, text, messages, token_ids)

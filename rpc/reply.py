@@ -64,6 +64,7 @@ class Reply:
                 raise self._failure from None
             except Exception as error:
                 self._failure = error
+                await self.events.aclose()  # it goes on if `on_state` raised; that gives the turn up
                 raise
             return self._unread.popleft() if self._unread else None
 

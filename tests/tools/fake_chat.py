@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 from rpc._generated import continuo_pb2 as pb
-from rpc.client import Delta, FinishReason, NotFound, Turn
+from rpc.client import Delta, FinishReason, NotFound, Turn, TurnState
 
 
 def turn(text="Miso.", **fields) -> Turn:
@@ -53,6 +53,8 @@ class FakeChat:
     def say(self, text, *, turn_id, on_state):
         self._client.called("say", self.id, text)
         self._client.turn_ids.append(turn_id)
+        for state in self._client.states:
+            on_state(TurnState(state, pb.Usage()))
         return FakeReply(self, self._client.next_failure(), self._client.endless)
 
     def regenerate(self, *, on_state, **sampling):
@@ -86,6 +88,7 @@ class FakeClient:
         self.kept = list(kept)
         self.calls = []
         self.turn_ids = []
+        self.states = []  # of every turn
         self.failures = []
         self.endless = False
         self.cannot_cancel = None
@@ -145,6 +148,9 @@ class FakeScreen(SimpleNamespace):
 
     def turn_ended(self, turn):
         pass
+
+    def suspended(self):
+        self.notes.append("suspended")
 
     def note(self, text):
         self.notes.append(text)

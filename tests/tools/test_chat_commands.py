@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from rpc.client import Aborted, OutOfRange, Unavailable
+from rpc.client import Aborted, OutOfRange, RunState, Unavailable
 from tests.tools.fake_chat import FakeClient, FakeScreen
 from tools.chat import converse
 from tools.chat.commands import COMMANDS, NUM_LISTED, complete, parse
@@ -28,6 +28,13 @@ async def test_the_first_message_opens_a_conversation_and_names_it():
         ("say", "c-new", "And?"),
     ]
     assert screen.replies == ["Miso.", "Miso."]
+
+
+async def test_a_turn_that_is_suspended_is_told_and_one_that_runs_is_not():
+    client = FakeClient()
+    client.states = [RunState.RUNNING, RunState.SUSPENDED, RunState.RUNNING, RunState.PAUSED]
+    _, screen = await chat("Hello", client=client)
+    assert screen.notes == ["suspended"] and screen.replies == ["Miso."]
 
 
 async def test_each_command_is_one_operation_of_the_conversation():

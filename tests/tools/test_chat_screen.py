@@ -9,7 +9,7 @@ from rpc._generated import continuo_pb2 as pb
 from rpc.client import Delta, FinishReason, ReplyKind
 from tests.tools.fake_chat import turn
 from tools.chat import screen
-from tools.chat.wording import status_line
+from tools.chat.wording import reuse, status_line
 
 
 class SilentEditor:
@@ -69,6 +69,40 @@ async def test_ctrl_c_while_waiting_for_a_line_ends_a_piped_chat(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         await screen.Pipe().read()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_reply_that_waits_for_memory_says_so(capsys):
+    show(Delta("Mi", ())).suspended()
+    assert capsys.readouterr().out == (
+        "Mi\nothers need the memory; the reply goes on by itself when there is room (Ctrl-C ends it)\n"
+    )
+    screen.Pipe().suspended()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("usage", "told"),
+    [
+        ({"new_tokens": 21}, ["reused 0", "new 21"]),
+        ({"cached_host_tokens": 404, "new_tokens": 1}, ["reused 404 (host)", "new 1"]),
+        (
+            {"recomputed_tokens": 1096, "evicted_tokens": 1000, "restart_tokens": 64, "cut_tokens": 32},
+            ["reused 0", "computed again 1,096 (evicted 1,000, restart 64, cut 32)", "new 0"],
+        ),
+        (
+            {
+                "recomputed_tokens": 7,
+                "rewritten_tokens": 7,
+                "new_tokens": 1521,
+                "never_computed_tokens": 1500,
+            },
+            ["reused 0", "computed again 7 (rewritten)", "new 1,521 (1,500 of the history)"],
+        ),
+        ({"recomputed_tokens": 7}, ["reused 0", "computed again 7", "new 0"]),  # of an older server
+    ],
+)
+def test_what_was_reused_is_told_by_tier_and_what_was_not_by_reason(usage, told):
+    assert reuse(pb.Usage(**usage)) == told
 
 
 def test_the_status_line_says_what_was_reused_what_it_cost_and_what_is_left():
