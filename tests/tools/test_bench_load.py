@@ -8,15 +8,16 @@ from argparse import Namespace
 import pytest
 
 from rpc._generated import continuo_pb2 as pb
-from rpc.client import ResourceExhausted, Unavailable
+from rpc.client import ContinuoClient, ResourceExhausted, Unavailable
 from tests.tools.virtual_server import VirtualServer, play
 from tools import cli
 from tools.bench import compare, metrics, plots, report
 from tools.bench.driver import Driver, Manner, Sample, TurnRecord
-from tools.bench.generator import Observed
+from tools.bench.generator import Observed, Progress
 from tools.bench.metrics import Limits
 from tools.bench.plan import plan_of
 from tools.bench.population import Population, Recorded
+from tools.bench.progress import Progressing
 from tools.bench.workload import CHATS, Exchange, Script, chat_pool, mean_life_s, mean_turns
 from tools.connection import UsageError
 
@@ -358,14 +359,14 @@ def test_a_rate_is_a_number_above_0(capsys, value) -> None:
 # -- as a user meets it
 
 
-SHORT = "--scale 0.1 --conversations 4 --think-time 0.5 --warmup 0.2 --duration 1.5".split()
+SHORT = "--scale 0.1 --conversations 4 --think-time 0.4 --warmup 0.1 --duration 1.2".split()
 
 
-def test_two_configurations_are_measured_side_by_side(continuo, tmp_path) -> None:
+def test_two_configurations_are_measured_side_by_side(continuo, capsys, tmp_path) -> None:
     file, folder = tmp_path / "report.json", tmp_path / "plots"
     ended = continuo(
         *("bench", *SHORT, "--compare", "stateless", "two-tier", "--device-kv-tokens", 1024),
-        *("--host-kv-tokens", 4096, "--resume-rate", 0.5, "--json", file, "--plots", folder),
+        *("--host-kv-tokens", 4096, "--resume-rate", 0.5, "--json", file),
     )
     assert ended.returncode == 0, ended.stderr
     assert [line.partition(":")[0] for line in ended.stderr.splitlines()] == [
@@ -383,10 +384,12 @@ def test_two_configurations_are_measured_side_by_side(continuo, tmp_path) -> Non
         assert row in ended.stdout
     assert "normalised latency: E2E / tokens of the reply" in ended.stdout
 
-    again = continuo("bench", "--from", file)
-    assert again.returncode == 0 and again.stdout == ended.stdout.partition("plots: ")[0]
+    assert cli.main(["bench", "--from", str(file)]) == 0
+    assert capsys.readouterr().out == ended.stdout
     pytest.importorskip("matplotlib")
-    assert {path.name for path in folder.iterdir()} >= {"throughput.png", "ttft.png"}
+    assert cli.main(["bench", "--from", str(file), "--plots", str(folder)]) == 0
+    names = {"throughput.png", "ttft.png", "hits_1_stateless.png", "hits_2_two-tier.png"}
+    assert {path.name for path in folder.iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
 
 
@@ -413,7 +416,9 @@ def test_a_server_that_goes_away_ends_it_with_what_was_measured(
             stderr=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
         )
-        await asyncio.sleep(4)
+        async with ContinuoClient(server.address) as client:
+            while (await client.load()).accepted_turns < 20:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
         server.kill()
         _, said = await process.communicate()
         return process.returncode, said.decode()
@@ -422,6 +427,20 @@ def test_a_server_that_goes_away_ends_it_with_what_was_measured(
     assert code == 1 and said.splitlines()[-1].startswith("error: "), said
     (point,) = json.loads(file.read_text())["points"]
     assert point["lost"] and point["figures"]["turns"] > 0
+
+
+def test_a_terminal_gets_a_bar_and_a_file_a_line_per_point(capsys, monkeypatch) -> None:
+    (point,) = plan_of(chosen("--scale", "0.1")).points
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)  # noqa: B023
+        with Progressing(3) as progress:
+            progress.at(point, Progress("measuring, 9 turns", 0.5))
+            progress.done(point, "9 turns")
+        said = capsys.readouterr().err
+        assert ("[1/3] server, 1 turns/s: 9 turns\n" in said) and (
+            ("█" * 10 + "░" * 10 in said) == is_terminal
+        )
+        assert said.count("\n") == 1
 
 
 def test_without_matplotlib_a_sentence_says_how_to_get_plots(monkeypatch, tmp_path) -> None:

@@ -224,9 +224,17 @@ def test_those_at_the_beginning_are_in_the_middle_of_their_lives() -> None:
     assert before_last == pytest.approx(60 / 120, rel=0.05)
 
 
-def test_resident_tokens_are_what_an_observer_finds_on_average() -> None:
-    found = resident_tokens(POOL, 10, seed=0)
-    assert found == pytest.approx(10 * 30 * (30 * 1 + 10 * 1 + 20 * 2 + 60 * 3) / 120, rel=0.05)
+def test_resident_tokens_are_weighed_by_pauses() -> None:
+    assert resident_tokens(POOL, 10) == pytest.approx(10 * 30 * (30 * 1 + 10 * 1 + 20 * 2 + 60 * 3) / 120)
+    assert resident_tokens([a_script()], 10) == 0.0
+
+
+def test_few_conversations_hold_as_many_tokens_as_expected() -> None:
+    pool = chat_pool(CHATS["sharegpt"], 0, 1.0, 60.0)
+    for seed in range(20):
+        members = Population(pool, seed, 1.0, size=30).initial()
+        found = sum(member.history_tokens for member in members)
+        assert found == pytest.approx(resident_tokens(pool, 30), rel=0.08)
 
 
 def test_arrivals_are_poisson_and_their_turns_come_at_the_rate() -> None:

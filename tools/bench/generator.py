@@ -172,7 +172,7 @@ async def _people(client: ContinuoClient, order: Order, observed: Observed) -> P
         factor = think_factor(pool, order.rate, order.size)
         pool = [script.paced(factor) for script in pool]
     people = Population(pool, order.manner.seed, order.rate or 1.0, order.size)
-    observed.expected_tokens = resident_tokens(pool, people.size, order.manner.seed)
+    observed.expected_tokens = resident_tokens(pool, people.size)
     return people
 
 

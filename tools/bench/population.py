@@ -9,9 +9,10 @@ the middle of their life when the clock starts.
 Closed (a number of conversations is given): so many are there always, and one that has ended is followed by a
 new one at once.  A rate is met by stretching all think times: the same law, read the other way.
 
-Those that are there at the beginning are drawn as an observer finds them: a conversation by the length of its
-life, the moment evenly within it.  Everything is drawn from the seed, in an order of its own: the same
-conversations come whatever the server does.
+Those that are there at the beginning are as an observer finds them, who comes at any moment of any life.
+They are taken at even distances along all pauses of the pool, laid end to end by the length of the history:
+so their histories together are as long as expected, and not only on average.  The others are drawn from the
+seed, one after the other: the same conversations come whatever the server does.
 """
 
 import random
@@ -54,12 +55,18 @@ class Population:
     def initial(self) -> list[Member]:
         """Longest idle first."""
         draw = random.Random(f"initial {self._seed}")
-        lives = [script.life_s for script in self._pool]
-        if not any(lives):
+        pauses = _pauses(self._pool)
+        if not pauses:
             scripts = draw.choices(self._pool, k=self.size if self._is_closed else 0)
             return [Member(self._next_number(), script) for script in scripts]
-        scripts = draw.choices(self._pool, lives, k=self.size)
-        members = [self._in_the_middle(script, draw.random() * script.life_s) for script in scripts]
+        ends_s = list(accumulate(pause.think_s for pause in pauses))
+        step_s = ends_s[-1] / self.size if self.size else 0.0
+        members = []
+        for at_s in ((number + 0.5) * step_s for number in range(self.size)):
+            pause = pauses[min(bisect_right(ends_s, at_s), len(pauses) - 1)]
+            idle_s = draw.random() * pause.think_s
+            due_s = pause.think_s - idle_s
+            members.append(Member(self._next_number(), pause.script, pause.turn, due_s, idle_s))
         return sorted(members, key=lambda member: -member.idle_s)
 
     def arrivals(self) -> Iterator[tuple[float, Member]]:
@@ -74,13 +81,6 @@ class Population:
 
     def _newcomer(self) -> Member:
         return Member(self._next_number(), self._draw.choice(self._pool))
-
-    def _in_the_middle(self, script: Script, moment_s: float) -> Member:
-        """`moment_s`: seconds of thinking before."""
-        ends_s = list(accumulate(exchange.think_s for exchange in script.exchanges))
-        turn = min(bisect_right(ends_s, moment_s), len(ends_s) - 1)
-        idle_s = moment_s - (ends_s[turn] - script.exchanges[turn].think_s)
-        return Member(self._next_number(), script, turn, max(0.0, ends_s[turn] - moment_s), idle_s)
 
     def _next_number(self) -> int:
         self._num_drawn += 1
@@ -111,7 +111,29 @@ def think_factor(pool: Sequence[Script], rate: float, size: int) -> float:
     return size * mean_turns(pool) / (rate * mean_life_s(pool))
 
 
-def resident_tokens(pool: Sequence[Script], size: int, seed: int) -> float:
+def resident_tokens(pool: Sequence[Script], size: int) -> float:
     """Mean length of the histories of `size` conversations together, as an observer finds them."""
-    members = Population(pool, seed, 1.0, 2000).initial()
-    return size * sum(member.history_tokens for member in members) / len(members)
+    pauses = _pauses(pool)
+    weighed = sum(pause.think_s * pause.history_tokens for pause in pauses)
+    return size * weighed / sum(pause.think_s for pause in pauses) if pauses else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pause:
+    """Before `turn` of a script."""
+
+    history_tokens: int
+    think_s: float
+    script: Script
+    turn: int
+
+
+def _pauses(pool: Sequence[Script]) -> list[_Pause]:
+    """Shortest history first."""
+    found = [
+        _Pause(script.tokens_before(turn), exchange.think_s, script, turn)
+        for script in pool
+        for turn, exchange in enumerate(script.exchanges)
+        if exchange.think_s
+    ]
+    return sorted(found, key=lambda pause: pause.history_tokens)

@@ -2,12 +2,10 @@
 
 import json
 import os
-import platform
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +14,7 @@ from kernels import __version__
 from tools.bench.generator import Observed
 from tools.bench.metrics import DEFINITIONS, rows, series, summary
 from tools.bench.plan import Plan, Point
-from tools.measure import commit, machine
+from tools.measure import commit, machine, package_version
 
 Report = dict[str, Any]
 PACKAGES = ("grpcio", "protobuf", "torch", "tokenizers", "uvloop", "numpy")
@@ -35,8 +33,7 @@ def new_report(plan: Plan, chosen: Namespace) -> Report:
         "commit": commit(),
         "version": __version__,
         "machine": machine(),
-        "node": platform.machine(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: found for name in PACKAGES if (found := package_version(name))},
         "load_average_at_start": round(os.getloadavg()[0], 2),
         "workload": plan.workload,
         "settings": {key: _plain(value) for key, value in sorted(vars(chosen).items())},
@@ -233,10 +230,3 @@ def _aligned(cells: Sequence[Sequence[str]]) -> str:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
