@@ -20,6 +20,7 @@ from rpc.client import (
     InvalidArgument,
     NotFound,
     OutOfRange,
+    RunState,
     Unavailable,
 )
 from tests.rpc.conftest import running
@@ -89,8 +90,33 @@ async def test_a_conversation_outlives_its_server(config):
             chat = await client.resume(id, expect_committed_tokens=first.committed_tokens)
             again = await chat.say("Hello", max_tokens=8, turn_id="t-1", **GREEDY)
             assert (again.text, again.token_ids) == (first.text, first.token_ids)
-            await chat.say("And now?", max_tokens=4, **GREEDY)
+            states = []
+            turn = await chat.say("And now?", max_tokens=4, on_state=states.append, **GREEDY)
             assert chat.committed_turns == 2
+            assert turn.usage.restart_tokens == turn.usage.recomputed_tokens == first.committed_tokens - 1
+            timing = turn.timing
+            assert timing.recompute_s > 0 < timing.prefill_s and timing.reload_s == 0
+            assert timing.queue_s + timing.recompute_s + timing.prefill_s <= timing.ttft_s
+            (state,) = states
+            assert state.state is RunState.RUNNING
+            state.found.completion_tokens = turn.usage.completion_tokens
+            assert state.found == turn.usage
+
+
+async def test_what_is_brought_back_from_the_host_is_told_with_its_time(config):
+    two_tiers = replace(config, device_kv_tokens=512, host_kv_tokens=1024)
+    async with load_engine(two_tiers) as engine, running(engine) as server:
+        async with ContinuoClient(server.address) as client:
+            chats = [await client.open() for _ in range(3)]
+            for chat in chats:
+                await chat.say(token_ids=[chats.index(chat) + 1] * 240, max_tokens=4, **GREEDY)
+            turn = await chats[0].say("And now?", max_tokens=4, **GREEDY)
+            load = await client.load()
+    usage, timing = turn.usage, turn.timing
+    assert usage.cached_host_tokens + usage.recomputed_tokens > 100
+    assert (timing.reload_s > 0) is (usage.cached_host_tokens > 0)
+    assert (timing.recompute_s > 0) is (usage.recomputed_tokens > 0)
+    assert (load.reload_s, load.recompute_s) == (timing.reload_s, timing.recompute_s)
 
 
 async def test_cancel_keeps_or_discards_and_the_conversation_goes_on(client):
