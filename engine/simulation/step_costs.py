@@ -7,6 +7,9 @@ import numpy as np
 from engine.batch import Segment, StepPlan
 from engine.cache.costs import CostTable
 
+BLOCKS_TOGETHER = 4
+"""As in `engine.profile`."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
@@ -52,12 +55,13 @@ class StepCosts:
 
 
 def cost_table(costs: StepCosts, block_size: int, context_tokens: int) -> CostTable:
-    """What a block costs at positions that are powers of two, in a step that has many tokens anyway."""
-    compute_s, end = {}, block_size
-    while end <= max(context_tokens, block_size):
-        segment = Segment(0, end - block_size, (0,) * block_size, np.empty(0, np.int32), None)
-        alone_s = costs.compute_s(StepPlan(0, (segment,)))
-        shared_s = costs.fixed_s + max(costs.weights_s, block_size * costs.token_s)
-        compute_s[end] = alone_s - shared_s + block_size * costs.token_s
+    """What a server that profiled this device would decide by: a block's share of a step that computes a few,
+    at positions that are powers of two.
+    """
+    together = BLOCKS_TOGETHER * block_size
+    compute_s, end = {}, together
+    while end <= max(context_tokens, together):
+        segment = Segment(0, end - together, (0,) * together, np.empty(0, np.int32), None)
+        compute_s[end] = costs.compute_s(StepPlan(0, (segment,))) / BLOCKS_TOGETHER
         end *= 2
     return CostTable(compute_s, costs.load_s)

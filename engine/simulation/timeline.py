@@ -78,7 +78,7 @@ class CopiesBeside:
             return now
         for segment in plan.segments:
             end = segment.first + segment.length
-            for slot in segment.slots[segment.first // size : -(-end // size)]:
+            for slot in segment.slots[segment.first // size : -(-end // size)].tolist():
                 latest = max(latest, storing.get(slot, now))
         return latest
 

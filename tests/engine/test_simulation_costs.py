@@ -4,6 +4,7 @@ import pytest
 
 from engine.batch import RowParams, Segment, StepPlan
 from engine.errors import ConfigError
+from engine.profile import RUN
 from engine.simulation.profiles import (
     H200,
     LLAMA_3_8B,
@@ -12,7 +13,7 @@ from engine.simulation.profiles import (
     gpu_costs,
     gpu_profiles,
 )
-from engine.simulation.step_costs import StepCosts, cost_table
+from engine.simulation.step_costs import BLOCKS_TOGETHER, StepCosts, cost_table
 from engine.types import SamplingParams
 
 EIGHT = gpu_costs(LLAMA_3_8B, H200)
@@ -50,11 +51,13 @@ def test_decoding_grows_with_the_kv_that_is_read() -> None:
 
 def test_a_block_costs_more_the_later_it_stands_and_less_to_copy_than_to_compute() -> None:
     table = cost_table(EIGHT, 32, 16_384)
-    assert table.compute_s(32) < table.compute_s(4096) < table.compute_s(16_384)
-    assert table.compute_s(16_384) - table.compute_s(32) == pytest.approx(
-        32 * 16_352 * EIGHT.pair_s, rel=1e-3
-    )
+    assert table.compute_s(128) < table.compute_s(4096) < table.compute_s(16_384)
+    assert table.compute_s(16_384) - table.compute_s(4096) == pytest.approx(32 * 12_288 * EIGHT.pair_s)
     assert table.load_s < table.compute_s(32) / 5
+
+
+def test_blocks_are_profiled_as_a_server_profiles_them() -> None:
+    assert BLOCKS_TOGETHER == RUN
 
 
 def test_four_gpus_share_the_work_but_talk_to_each_other() -> None:
