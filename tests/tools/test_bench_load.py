@@ -333,7 +333,8 @@ def test_what_is_given_for_the_server_reaches_it_and_nothing_else_does() -> None
         ),
         ("--compare two-tier", "--compare two-tier needs a host tier; give --host-kv-tokens N"),
         ("--compare device --stateless", "--stateless is a configuration of --compare"),
-        ("--json /no/where/x.json", "--json: there is no folder /no/where"),
+        ("--json /no/where/x.json", "nothing can be written to /no/where/x.json: No such file or directory"),
+        ("--plots /dev/null/x", "nothing can be written to /dev/null/x: Not a directory"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_a_server_starts(capsys, arguments, complaint) -> None:

@@ -41,8 +41,7 @@ def run(chosen: Namespace) -> int:
         _show(report.read(chosen.from_file), chosen)
         return 0
     planned = plan_of(chosen)
-    if chosen.json is not None and not chosen.json.parent.is_dir():
-        raise UsageError(f"--json: there is no folder {chosen.json.parent}")
+    _check_outputs(chosen)
     told = report.new_report(planned, chosen)
     try:
         asyncio.run(_sweep(planned, chosen, told))
@@ -50,6 +49,17 @@ def run(chosen: Namespace) -> int:
         if told["points"]:
             _show(told, chosen)
     return 0
+
+
+def _check_outputs(chosen: Namespace) -> None:
+    """It would be a pity to find out at the end."""
+    try:
+        if chosen.json is not None:
+            chosen.json.touch()
+        if chosen.plots is not None:
+            chosen.plots.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"nothing can be written to {error.filename}: {error.strerror}") from None
 
 
 async def _sweep(planned: Plan, chosen: Namespace, told: report.Report) -> None:

@@ -14,7 +14,7 @@ PAIRED = ("normalised_ms_mean", "server_cpu_s_per_turn")
 
 def at_equal_latency(report: Report, limit_ms: float) -> str:
     """Turns per second that every configuration reaches before its p90 normalised latency is `limit_ms`."""
-    points = sorted(merged(report["points"]), key=lambda point: [each or 0 for each in load_of(point)])
+    points = merged(report["points"])
     said = [f"turns/s at a normalised latency of {limit_ms:g} ms per token (p90):"]
     for name in _names(report):
         figures = [point["figures"] for point in points if point["configuration"] == name]

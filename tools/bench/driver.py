@@ -6,7 +6,7 @@ Time is that of a clock which is given: with that of a loop of virtual time, an 
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -62,7 +62,8 @@ class Manner:
 class Client(Protocol):
     """What is used of `rpc.client.ContinuoClient`."""
 
-    async def open(self, **arguments: Any) -> Any: ...
+    @property
+    def open(self) -> Callable[..., Awaitable[Any]]: ...
     async def resume(self, id: str) -> Any: ...
     async def load(self) -> pb.GetLoadResponse: ...
 

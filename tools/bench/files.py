@@ -148,7 +148,8 @@ def _sessions(line: dict[str, Any], scale: float) -> list[Script]:
     """One session and its helpers, which are conversations of their own.  Where a prompt is shorter than the
     one before, the client has rewritten the history: there a new conversation begins.
     """
-    scripts, turns = [], []
+    scripts: list[Script] = []
+    turns: list[dict[str, Any]] = []
     for request in line["requests"]:
         if request["type"] == "subagent":
             scripts += _sessions(request, scale)

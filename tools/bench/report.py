@@ -85,9 +85,9 @@ def read(path: Path) -> Report:
 
 
 def merged(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Points that differ in their repeat alone become one, whose figures are medians."""
+    """By load, the lowest first; points that differ in their repeat alone become one, of medians."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for point in points:
+    for point in sorted(points, key=lambda point: [each or 0 for each in load_of(point)]):
         groups.setdefault((*load_of(point), point["configuration"]), []).append(point)
     return [
         {**group[0], "figures": _medians([point["figures"] for point in group])} for group in groups.values()

@@ -43,14 +43,16 @@ async def _measured(
 ) -> Observed:
     token, tls = credentials(chosen)
     async with AsyncExitStack() as stack:
-        server = None
-        if chosen.server is None:
+        server, address = None, chosen.server
+        if address is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             on_progress(Progress("starting the server", 0.0))
             server = await ServerProcess.start(*_arguments(chosen.model, point.configuration.flags, folder))
             await stack.enter_async_context(server)
+            stack.push_async_callback(server.kill)  # nobody needs what it holds
+            address = server.address
         order = Order(
-            address=chosen.server or server.address,
+            address=address,
             token=token,
             tls=str(tls) if isinstance(tls, Path) else tls,
             pool=plan.pool,
@@ -64,11 +66,9 @@ async def _measured(
         try:
             observed = await _generated(order, on_progress)
         except Unavailable as error:
-            raise ServerFailed(nobody_answers(error, order.address)) from None
-        if server is not None:
-            if observed.lost:
-                observed.lost = await _last_words(server, observed.lost)
-            await server.kill()  # nobody needs what it holds
+            raise ServerFailed(nobody_answers(error, address)) from None
+        if server is not None and observed.lost:
+            observed.lost = await _last_words(server, observed.lost)
         return observed
 
 
