@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -316,6 +317,8 @@ def test_what_is_given_for_the_server_reaches_it_and_nothing_else_does() -> None
     for text in flags_of.values():
         cli._parser().parse_args(["serve", *text])
     assert plan_of(chosen()).points[0].configuration.flags == ()
+    profiled = plan_of(chosen("--profile", "costs.json")).points[0].configuration.flags
+    assert profiled == ("--profile", str(Path.cwd() / "costs.json"))
 
 
 @pytest.mark.parametrize(

@@ -193,8 +193,10 @@ def _configuration(name: str, given: dict[str, Any]) -> Configuration:
 
 
 def _flags(given: dict[str, Any]) -> tuple[str, ...]:
+    """As `serve` takes them, wherever it is started."""
     flags: list[str] = []
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')}"
-        flags += [flag] if value is True else [flag, str(value)]
+        text = str(value.absolute() if isinstance(value, Path) else value)
+        flags += [flag] if value is True else [flag, text]
     return tuple(flags)
