@@ -287,7 +287,7 @@ def test_a_history_that_is_not_all_there_is_a_bug(sampler: Sampler) -> None:
         with pytest.raises(
             InvariantError, match=f"{known} tokens are known where the one at 3 is to be chosen"
         ):
-            sampler.sample(torch.zeros(1, VOCAB), {0: replace(whole, history=history)})
+            sampler.sample(torch.zeros(1, VOCAB), {0: whole._replace(history=history)})
 
 
 @pytest.mark.parametrize(
