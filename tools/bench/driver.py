@@ -40,8 +40,7 @@ class TurnRecord:
     cached_host_tokens: int = 0
     recomputed_tokens: int = 0
     new_tokens: int = 0
-    server_queue_s: float = 0.0
-    server_ttft_s: float = 0.0
+    timing: pb.Timing = field(default_factory=pb.Timing)  # the server's
 
     @property
     def reply_tokens(self) -> int:
@@ -223,7 +222,7 @@ class Driver:
             usage.cached_host_tokens,
         )
         record.recomputed_tokens, record.new_tokens = usage.recomputed_tokens, usage.new_tokens
-        record.server_queue_s, record.server_ttft_s = done.timing.queue_s, done.timing.ttft_s
+        record.timing = done.timing
 
     def _input(self, member: Member, turn: int) -> dict[str, Any]:
         exchange = member.script.exchanges[turn]

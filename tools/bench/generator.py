@@ -20,7 +20,7 @@ from tools.bench.driver import Driver, Manner, Sample, TurnRecord
 from tools.bench.population import Population, Recorded, resident_tokens, think_factor
 from tools.bench.workload import Exchange, Script
 
-NICE = 5  # a third of the weight of a server that competes for the same core
+NICE = 2  # two thirds of the weight of a server on the same core
 TEMPLATE_TOKENS = 16  # room for what a chat template puts around a message
 ERASING = 16  # conversations at once
 

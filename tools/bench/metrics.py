@@ -21,6 +21,8 @@ DEFINITIONS = {
     "goodput": "turns per second that meet every given limit (--slo-ttft-ms, --slo-tpot-ms)",
     "device, host, recomputed": "shares of the tokens of histories whose KV was on the device, came from the "
     "host, or was computed again, over all turns, by the server's usage; history = prompt - new tokens",
+    "at the server": "from accepting the turn: until it was first computed for (queue), until its first "
+    "token was chosen (TTFT); of that, for copies from the host, for recomputed and for new tokens",
     "resume latency": "from opening a conversation by its id to the first token of the turn said then",
     "TTFT slope": "least squares of TTFT over the length of the history, ms per 1,000 tokens",
     "working set": "tokens in the histories of all conversations that have not ended, mean over the time",
@@ -99,8 +101,11 @@ def summary(observed: Observed, warmup_s: float, limits: Limits) -> dict[str, An
         **_spread("tpot_ms", [1000 * tpot for record in whole if (tpot := tpot_s(record)) is not None]),
         **_spread("e2e_ms", [1000 * e2e_s(record) for record in whole]),
         **_spread("normalised_ms", [1000 * e2e_s(record) / record.reply_tokens for record in whole]),
-        **_spread("server_queue_ms", [1000 * record.server_queue_s for record in answered]),
-        **_spread("server_ttft_ms", [1000 * record.server_ttft_s for record in answered]),
+        **_spread("server_queue_ms", [1000 * record.timing.queue_s for record in answered]),
+        **_spread("server_ttft_ms", [1000 * record.timing.ttft_s for record in answered]),
+        **_spread("server_reload_ms", [1000 * record.timing.reload_s for record in answered]),
+        **_spread("server_recompute_ms", [1000 * record.timing.recompute_s for record in answered]),
+        **_spread("server_prefill_ms", [1000 * record.timing.prefill_s for record in answered]),
         "goodput_turns_per_s": _per(good, measured_s) if limits.is_any else None,
         **_sources(answered),
         **_spread(

@@ -98,7 +98,12 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "turns/s": ("turns_per_s",),
     "tokens/s": ("output_tokens_per_s",),
     "TTFT ms p50/p90/p99": ("ttft_ms_p50", "ttft_ms_p90", "ttft_ms_p99"),
-    "at the server: queue, TTFT ms p50": ("server_queue_ms_p50", "server_ttft_ms_p50"),
+    "at the server: queue/TTFT ms p50": ("server_queue_ms_p50", "server_ttft_ms_p50"),
+    "reload/recompute/prefill ms mean": (
+        "server_reload_ms_mean",
+        "server_recompute_ms_mean",
+        "server_prefill_ms_mean",
+    ),
     "TTST ms p50": ("ttst_ms_p50",),
     "ITL ms p50/p99": ("itl_ms_p50", "itl_ms_p99"),
     "TPOT ms p50/p90": ("tpot_ms_p50", "tpot_ms_p90"),
