@@ -11,10 +11,10 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from rpc.client import Unavailable
+from rpc.client import Unauthenticated, Unavailable
 from tools.bench.generator import Observed, Order, Progress, generate
 from tools.bench.plan import Plan, Point
-from tools.connection import credentials, nobody_answers
+from tools.connection import UsageError, credentials, nobody_answers
 from tools.server_process import ServerFailed, ServerProcess
 
 LAST_WORDS_S = 5.0  # that a server which is gone may take to end
@@ -67,6 +67,8 @@ async def _measured(
             observed = await _generated(order, on_progress)
         except Unavailable as error:
             raise ServerFailed(nobody_answers(error, address)) from None
+        except Unauthenticated as error:
+            raise UsageError(f"{error}; --token-file FILE sends the token in FILE") from None
         if server is not None and observed.lost:
             observed.lost = await _last_words(server, observed.lost)
         return observed
