@@ -20,12 +20,13 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.simulation.random_operations import OperationSettings, RandomOperations, SimulationFailed
 from tools.arguments import count, model_folder, positive, some_seconds
+from tools.bench.files import FileError
 from tools.bench.plan import CONFIGURATIONS
 from tools.bench.report import ReportError
 from tools.bench.workload import CHATS
-from tools.measure import write_result
+from tools.measure import model_of_shape, write_result
+from tools.random_model import SHAPES
 from tools.simulated_curves import (
-    CPU_RESULT,
     GIGABYTE,
     Sweep,
     beside,
@@ -40,7 +41,7 @@ def main() -> None:
     chosen = _parser().parse_args()
     try:
         sys.exit(_run(chosen))
-    except (ConfigError, ReportError) as error:
+    except (ConfigError, FileError, ReportError) as error:
         print(f"tools.simulate: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -50,11 +51,7 @@ def _run(chosen: argparse.Namespace) -> int:
         names = [field.name for field in fields(OperationSettings)]
         return _operate(OperationSettings(**{name: getattr(chosen, name) for name in names}))
     if chosen.measure is not None:
-        from tools.step_costs import measure
-
-        figures = measure(chosen.measure, chosen.dtype, chosen.threads, chosen.repeats)
-        print(json.dumps(figures, indent=2), write_result(CPU_RESULT, figures), sep="\n")
-        return 0
+        return _measure(chosen)
     if chosen.beside is not None:
         report = beside(chosen.beside, profile_named(chosen.profile[0] if chosen.profile else "cpu"))
         print(report["table"])
@@ -62,6 +59,17 @@ def _run(chosen: argparse.Namespace) -> int:
         report = {"curves": [_curves(name, chosen) for name in chosen.profile or RATES]}
     if chosen.result is not None:
         print(write_result(chosen.result, report))
+    return 0
+
+
+def _measure(chosen: argparse.Namespace) -> int:
+    from tools.step_costs import measure
+
+    folder = None if chosen.measure in SHAPES else Path(chosen.measure)
+    with model_of_shape(chosen.measure, folder) as model:
+        name = Path(chosen.measure).name
+        figures = {"model": name, **measure(model, chosen.dtype, chosen.threads, chosen.repeats)}
+    print(json.dumps(figures, indent=2), write_result(f"step_costs_{name}", figures), sep="\n")
     return 0
 
 
@@ -79,10 +87,17 @@ def _curves(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
         warmup_s=chosen.warmup,
         duration_s=chosen.duration,
         seed=chosen.seed,
+        trace=chosen.trace,
     )
     points = list(sweep.points(profile))
-    print(f"{profile.name}, {sweep.lengths}, think time {sweep.think_s:g} s\n\n{curve_table(points)}\n")
-    return {"profile": profile.name, "costs": asdict(profile.costs), "sweep": asdict(sweep), "points": points}
+    what = sweep.trace.name if sweep.trace else f"{sweep.lengths}, think time {sweep.think_s:g} s"
+    print(f"{profile.name}, {what}\n\n{curve_table(points)}\n")
+    return {
+        "profile": profile.name,
+        "costs": asdict(profile.costs),
+        "sweep": asdict(sweep) | {"trace": sweep.trace and sweep.trace.name},
+        "points": points,
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     load.add_argument("--compare", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     load.add_argument("--rates", nargs="+", type=some_seconds, metavar="R", help="turns per second offered")
     load.add_argument("--lengths", choices=CHATS, default="sharegpt")
+    load.add_argument("--trace", type=Path, metavar="FILE", help="conversations of a trace instead")
     load.add_argument("--think-time", type=some_seconds, default=60.0, metavar="S", help="mean")
     load.add_argument("--warmup", type=some_seconds, default=60.0, metavar="S")
     load.add_argument("--duration", type=some_seconds, default=120.0, metavar="S", help="of virtual time")
@@ -107,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     real = parser.add_argument_group("beside a measurement")
     real.add_argument("--beside", type=Path, metavar="FILE", help="what `continuo bench --json` wrote")
     costs = parser.add_argument_group("measuring a CPU profile")
-    costs.add_argument("--measure", type=model_folder, metavar="MODEL")
+    costs.add_argument("--measure", type=_model, metavar="MODEL", help="a folder, or a shape")
     costs.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     costs.add_argument("--threads", type=positive, default=2)
     costs.add_argument("--repeats", type=positive, default=10)
@@ -124,6 +140,10 @@ def _parser() -> argparse.ArgumentParser:
                 flag, type=count if field.name in ("run_ahead", "host_blocks") else positive, default=default
             )
     return parser
+
+
+def _model(text: str) -> str:
+    return text if text in SHAPES else str(model_folder(text))
 
 
 def _operate(settings: OperationSettings) -> int:

@@ -12,6 +12,7 @@ from engine.errors import ConfigError
 from engine.simulation.profiles import Profile, cpu_profile, gpu_profiles
 from engine.simulation.simulated_engine import CoreSizes
 from tools.bench.driver import People
+from tools.bench.files import trace
 from tools.bench.plan import CONFIGURATIONS, Plan, Point, plan_of
 from tools.bench.population import Population, Recorded, think_factor
 from tools.bench.report import merged, read
@@ -52,7 +53,9 @@ def profile_named(name: str) -> Profile:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Pensieve's workload, people who chat, at several rates."""
+    """Pensieve's workload, people who chat, at several rates; or a trace, as recorded if it says itself when
+    each conversation begins.
+    """
 
     configurations: Sequence[str]  # of CONFIGURATIONS
     rates: Sequence[float]  # turns per second
@@ -64,20 +67,31 @@ class Sweep:
     warmup_s: float = 60.0
     duration_s: float = 120.0
     seed: int = 0
+    trace: Path | None = None
 
     def points(self, profile: Profile) -> Iterator[dict[str, Any]]:
-        """Rate by rate, configuration by configuration."""
-        scripts = chat_pool(CHATS[self.lengths], self.seed, 1.0, self.think_s)
-        pool = _fitting(scripts, self.context_tokens)
+        """Rate by rate, configuration by configuration.  Raises FileError."""
+        pool, starts = self._conversations()
         device, host = (
             int(size / profile.kv_bytes_per_token) for size in (self.device_bytes, self.host_bytes)
         )
-        for rate in self.rates:
+        for rate in [None] if starts else self.rates:
             for name in self.configurations:
                 chosen = setting(profile, CONFIGURATIONS[name], device, host, self.context_tokens)
-                load = SimulatedLoad(chosen, Population(pool, self.seed, rate))
-                figures = load.run(self.warmup_s, self.duration_s)
+                people = Recorded(starts) if rate is None else Population(pool, self.seed, rate)
+                figures = SimulatedLoad(chosen, people).run(self.warmup_s, self.duration_s)
                 yield {"configuration": name, "rate": rate, "figures": figures}
+
+    def _conversations(self) -> tuple[list[Script], list[tuple[float, Script]]]:
+        """To draw from, or with the second in which each begins."""
+        if self.trace is None:
+            scripts = chat_pool(CHATS[self.lengths], self.seed, 1.0, self.think_s)
+            return fitting(scripts, self.context_tokens), []
+        found = trace(self.trace, 1.0, 1.0)
+        if isinstance(found[0], Script):
+            return fitting(found, self.context_tokens), []
+        begun = [(at_s, script.within(self.context_tokens)) for at_s, script in found]
+        return [], [(at_s, script) for at_s, script in begun if script.exchanges]
 
 
 def setting(
@@ -105,13 +119,18 @@ def curve_table(points: Sequence[Mapping[str, Any]]) -> str:
     """A line per point."""
     head = ["turns/s offered", "", *COLUMNS]
     return aligned(
-        [head, *([f"{point['rate']:g}", point["configuration"], *_cells(point)] for point in points)]
+        [head, *([_number(point["rate"]), point["configuration"], *_cells(point)] for point in points)]
     )
 
 
 def beside(path: Path, profile: Profile) -> dict[str, Any]:
     """Every point of a report of `continuo bench`, measured and foreseen.  ReportError, ConfigError."""
     report = read(path)
+    for name in ("cancel_rate", "resume_rate"):
+        if report["settings"][name]:
+            raise ConfigError(
+                f"{path} was measured with a {name} of {report['settings'][name]}, not simulated"
+            )
     planned = plan_of(Namespace(**_as_parsed(report["settings"])))
     simulated = []
     measured = merged(report["points"])
@@ -156,16 +175,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def _people(planned: Plan, point: Point, context_tokens: int) -> People:
     """As the generator of `continuo bench` makes them."""
     if planned.starts:
-        fitting = [(at_s, script.within(context_tokens)) for at_s, script in planned.starts]
-        return Recorded([(at_s, script) for at_s, script in fitting if script.exchanges])
-    pool, load = _fitting(planned.pool, context_tokens), point.load
+        begun = [(at_s, script.within(context_tokens)) for at_s, script in planned.starts]
+        return Recorded([(at_s, script) for at_s, script in begun if script.exchanges])
+    pool, load = fitting(planned.pool, context_tokens), point.load
     if load.conversations is not None and load.rate is not None:
         factor = think_factor(pool, load.rate, load.conversations)
         pool = [script.paced(factor) for script in pool]
     return Population(pool, planned.manner.seed, load.rate or 1.0, load.conversations)
 
 
-def _fitting(pool: Sequence[Script], context_tokens: int) -> list[Script]:
+def fitting(pool: Sequence[Script], context_tokens: int) -> list[Script]:
     return [script for each in pool if (script := each.within(context_tokens)).exchanges]
 
 
@@ -192,9 +211,7 @@ def _name(point: Mapping[str, Any]) -> dict[str, Any]:
 def _beside_table(measured: Sequence[Mapping[str, Any]], simulated: Sequence[Mapping[str, Any]]) -> str:
     rows = [["turns/s offered", "conversations", "", "", *COLUMNS]]
     for one, other in zip(measured, simulated, strict=True):
-        rate, conversations = (
-            "-" if one[name] is None else f"{one[name]:g}" for name in ("rate", "conversations")
-        )
+        rate, conversations = (_number(one[name]) for name in ("rate", "conversations"))
         rows.append([rate, conversations, one["configuration"], "measured", *_cells(one)])
         rows.append(["", "", "", "simulated", *_cells(other)])
     return aligned(rows)
@@ -209,6 +226,10 @@ def _cells(point: Mapping[str, Any]) -> list[str]:
             "-" if value is None else f"{factor * value:,.2f}" if factor == 1 else f"{100 * value:.0f}"
         )
     return cells
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
 
 
 def _value(flags: Sequence[str], name: str, default: Any) -> Any:

@@ -81,7 +81,6 @@ def measure(folder: Path, dtype_name: str, threads: int, repeats: int) -> dict[s
     loads = _least([partial(_load, transfer, each) for each in moves], repeats)
     costs = fitted(steps, loads, stores, model.num_layers)
     return {
-        "model": model_name(folder),
         "dtype": dtype_name,
         "threads": threads,
         "repeats": repeats,
@@ -102,10 +101,6 @@ def measure(folder: Path, dtype_name: str, threads: int, repeats: int) -> dict[s
 
 def _load(transfer: SyncTransfer, moves: Sequence[BlockMove]) -> None:
     transfer.load(moves).finish()
-
-
-def model_name(folder: Path) -> str:
-    return folder.resolve().name
 
 
 def fitted(

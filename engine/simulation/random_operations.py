@@ -119,7 +119,7 @@ class RandomOperations:
         self._chats: list[_Chat] = []
         self._refuses = 0  # of the next turns, by the log
         self._num_names = self.num_operations = 0
-        self._operations, self._weights = zip(*self._choices(), strict=True)
+        self._operations, self._weights = zip(*self.choices(), strict=True)
         self._start()
 
     def run(self) -> None:
@@ -296,7 +296,8 @@ class RandomOperations:
 
     # -- operations: each says whether it could be done now
 
-    def _choices(self) -> list[tuple[Callable[[], bool], float]]:
+    def choices(self) -> list[tuple[Callable[[], bool], float]]:
+        """What may happen, and how likely it is."""
         return [
             (self._open, 6),
             (self._say, 30),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.errors import ConfigError
 from engine.simulation.profiles import gpu_profiles
 from engine.simulation.simulated_engine import CoreSizes
 from engine.simulation.step_costs import StepCosts
@@ -86,6 +87,19 @@ def test_a_sweep_has_every_configuration_at_every_rate() -> None:
     assert len(curve_table(points).splitlines()) == 5
 
 
+def test_a_trace_is_played_as_it_was_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    first = {"timestamp": 1000, "input_length": 1024, "output_length": 10, "hash_ids": [1, 2]}
+    later = {"timestamp": 5000, "input_length": 1100, "output_length": 10, "hash_ids": [1, 2, 3]}
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(later)}\n")
+    sweep = Sweep(["two-tier"], [], 4e9, 4e9, 4000, warmup_s=0.5, duration_s=9.5, trace=path)
+    (point,) = sweep.points(EIGHT)
+    figures = point["figures"]
+    assert point["rate"] is None and figures["turns"] == 2
+    assert figures["history_tokens"] == 1033 and figures["cached_device_share"] == 1.0
+    assert curve_table([point]).splitlines()[1].split()[0] == "-"
+
+
 def test_fitted_constants_are_those_that_the_steps_were_made_with() -> None:
     known = StepCosts(0.002, 0.006, 2.5e-4, 1.5e-4, 1e-6, 8e-8, 1e-4, 2e-4, 3e-5, 12, False)
     found = fitted(
@@ -132,6 +146,14 @@ def test_a_measured_run_is_foreseen_point_by_point(tmp_path: Path) -> None:
     assert told["table"].count("simulated") == 4
 
 
+def test_a_run_with_cancelled_turns_is_not_foreseen(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    settings = {"cancel_rate": 0.2, "resume_rate": 0.0}
+    path.write_text(json.dumps({"tool": "continuo bench", "settings": settings, "points": [{}]}))
+    with pytest.raises(ConfigError, match="cancel_rate of 0.2"):
+        beside(path, EIGHT)
+
+
 def test_what_is_no_profile_is_refused() -> None:
-    with pytest.raises(Exception, match="no profile"):
+    with pytest.raises(ConfigError, match="no profile"):
         profile_named("h300")
