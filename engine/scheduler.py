@@ -22,8 +22,6 @@ from engine.computed import Miss
 from engine.conversation import Conversation, Turn, TurnState
 from engine.types import RunState, Usage
 
-EARLY_LOADS = 32
-"""One in so many slots is loaded per step for turns that wait."""
 RESERVED_SHARE = 0.1
 """Of the slots, kept for turns that run already; nothing is admitted into it (Pensieve, section 4.3.2)."""
 
@@ -161,7 +159,7 @@ class Scheduler:
         """
         manager = self.manager
         room = manager.num_available - self._reserve
-        at_most = max(1, manager.pool.num_slots // EARLY_LOADS)
+        at_most = manager.tiers.num_per_step
         for turn in self.waiting:
             end, table = len(turn.conversation.tokens), turn.conversation.table
             room -= manager.num_missing(table, end + 1) + manager.num_own(table)

@@ -118,6 +118,7 @@ class FakeTransfer:
     def _fail(
         self, moves: Sequence[BlockMove], written: Callable[[BlockMove], np.ndarray], value: int = POISON
     ) -> frozenset[BlockMove]:
+        assert all(min(move) >= 0 for move in moves), f"a copy from or to nowhere: {moves}"
         failed = moves[: self.num_to_fail]
         self.num_to_fail -= len(failed)
         for move in failed:

@@ -26,9 +26,17 @@ class CostTable:
         if len(self._ends) > 1:
             slope = float((self._seconds[-1] - self._seconds[-2]) / (self._ends[-1] - self._ends[-2]))
         self._beyond = slope  # seconds per token
+        self._asked: dict[int, float] = {}  # before, one at a time
 
     def compute_s(self, end: Any) -> Any:
         """A number, or an array of them as `end` is."""
+        if not isinstance(end, int):
+            return self._interpolated(end)
+        if end not in self._asked:
+            self._asked[end] = float(self._interpolated(end))
+        return self._asked[end]
+
+    def _interpolated(self, end: Any) -> Any:
         known = np.interp(end, self._ends, self._seconds)
         return known + self._beyond * np.maximum(end - self._ends[-1], 0.0)
 

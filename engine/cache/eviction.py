@@ -16,6 +16,8 @@ from engine.cache.block import NO_SLOT, BlockIds, Blocks
 from engine.cache.block_table import BlockTable, BlockTables
 from engine.cache.policy import Policy
 
+NO_ROW = -1
+LOOKS = 4
 CHUNK = 64
 """So many conversations are put in order first; more only if these do not give enough."""
 
@@ -43,71 +45,101 @@ def may_go(blocks: Blocks, ids: BlockIds, way: Way, settled: int) -> Mask:
     return may
 
 
-def has_gone(blocks: Blocks, ids: BlockIds, way: Way) -> Mask:
-    gone: Mask = blocks.slot[ids] == NO_SLOT
+def may_go_one(blocks: Blocks, block: int, way: Way, settled: int) -> bool:
+    """As `may_go`, of one block."""
+    if blocks.num_active.item(block) or blocks.last_step.item(block) > settled:
+        return False
     if way is Way.OFF_HOST:
-        gone &= blocks.host_slot[ids] == NO_SLOT  # what is on the device may yet be stored
-    if way is Way.TO_HOST:
-        gone |= blocks.host_valid[ids] >= blocks.num_valid[ids]
+        return blocks.host_slot.item(block) != NO_SLOT
+    is_clean = blocks.host_valid.item(block) >= blocks.num_valid.item(block)
+    is_wanted = way is Way.OFF_DEVICE or is_clean == (way is Way.OFF_DEVICE_AT_NO_COST)
+    return is_wanted and blocks.slot.item(block) != NO_SLOT
+
+
+def has_gone(blocks: Blocks, ids: BlockIds, way: Way) -> Mask:
+    """Which of `ids` cannot go `way` before they have been copied the other way."""
+    if way is Way.OFF_HOST:
+        gone: Mask = blocks.host_slot[ids] == NO_SLOT
+        return gone
+    gone = blocks.slot[ids] == NO_SLOT
+    if way is not Way.OFF_DEVICE:
+        is_clean = blocks.host_valid[ids] >= blocks.num_valid[ids]
+        gone |= is_clean if way is Way.TO_HOST else ~is_clean
     return gone
+
+
+def has_gone_one(blocks: Blocks, block: int, way: Way) -> bool:
+    """As `has_gone`, of one block."""
+    if way is Way.OFF_HOST:
+        return blocks.host_slot.item(block) == NO_SLOT
+    if blocks.slot.item(block) == NO_SLOT:
+        return True
+    is_clean = blocks.host_valid.item(block) >= blocks.num_valid.item(block)
+    return way is not Way.OFF_DEVICE and is_clean == (way is Way.TO_HOST)
 
 
 def lowest_first(
     tables: BlockTables, blocks: Blocks, way: Way, policy: Policy, block_size: int, now: float, settled: int
-) -> Iterator[tuple[float, int]]:
-    """Pairs of value and block that may go `way`, of which nothing may change meanwhile.  One that several
-    conversations share may come twice.
+) -> Iterator[tuple[float, int, int]]:
+    """Value, block and the row of its table, of what may go `way`; nothing of it may change meanwhile.  One
+    that several conversations share may come twice.
 
     Last come blocks whose latest user has left, or that came back through somebody else: they are found by
-    looking everywhere, in no order, and count as the first of their conversation.
+    looking everywhere, in no order, count as the first of their conversation, and belong to row NO_ROW.
     """
-    passed = tables.passed[way]
-    rows = np.flatnonzero(~tables.is_active & (passed < tables.num_blocks))
-    at = passed[rows]
+    rows = np.flatnonzero(~tables.is_active & (tables.passed[way] < tables.num_blocks))
+    at = tables.passed[way][rows]
     ends = (tables.num_blocks[rows] - at if policy.from_tail else at + 1) * block_size
     floors = policy.value(ends, now - tables.last_active[rows])
-    heap: list[tuple[float, int, int]] = []
-    opened: dict[int, tuple[list[float], list[int]]] = {}  # row -> its values and blocks
+    heap: list[tuple[float, int, int, int]] = []
+    seen: list[int] = []
 
-    def push(row: int, number: int) -> None:
-        values, ids = opened[row]
-        if number < len(ids):
-            heapq.heappush(heap, (values[number], row, number))
+    def push(row: int, at: int) -> None:
+        table = tables[row]
+        at = _next(table, at, blocks, way, policy, settled)
+        if at < len(table):
+            end = (len(table) - at if policy.from_tail else at + 1) * block_size
+            value = float(policy.value(end, now - table.last_active))
+            heapq.heappush(heap, (value, row, at, table[len(table) - 1 - at if policy.from_tail else at]))
 
     upcoming = _ascending(floors)
     next_up = next(upcoming, None)
     while heap or next_up is not None:
         if next_up is not None and (not heap or floors[next_up] <= heap[0][0]):
-            table = tables[rows.item(next_up)]
-            opened[table.row] = _own(table, blocks, way, policy, block_size, now, settled)
-            push(table.row, 0)
+            push(rows.item(next_up), at.item(next_up))
             next_up = next(upcoming, None)
             continue
-        value, row, number = heapq.heappop(heap)
-        yield value, opened[row][1][number]
-        push(row, number + 1)
+        value, row, place, block = heapq.heappop(heap)
+        seen.append(block)
+        yield value, block, row
+        push(row, place + 1)
     every = np.flatnonzero(blocks.num_refs).astype(np.int32)
-    seen = [block for _, own in opened.values() for block in own]
     left = np.setdiff1d(every[may_go(blocks, every, way, settled)], seen)
     values = policy.value(np.full(len(left), block_size), now - blocks.last_used[left])
-    yield from zip(values.tolist(), left.tolist(), strict=True)
+    yield from ((value, block, NO_ROW) for value, block in zip(values.tolist(), left.tolist(), strict=True))
 
 
-def _own(
-    table: BlockTable, blocks: Blocks, way: Way, policy: Policy, block_size: int, now: float, settled: int
-) -> tuple[list[float], list[int]]:
-    """Values and blocks, in the policy's order, that may go and are this conversation's to give.  What has
-    gone for good is passed.
+def _next(table: BlockTable, at: int, blocks: Blocks, way: Way, policy: Policy, settled: int) -> int:
+    """The first place from `at` on, in the policy's order, whose block may go and is this conversation's to
+    give; the table's length if there is none.  What has gone is passed.
     """
-    ids = table.blocks[:: -1 if policy.from_tail else 1][table.passed[way] :]
-    stays = ~has_gone(blocks, ids, way)
-    num_gone = int(stays.argmax()) if stays.any() else len(ids)
-    table.passed[way] += num_gone
-    own = may_go(blocks, ids, way, settled) & (blocks.last_used[ids] <= table.last_active)
-    places = table.passed[way] + np.flatnonzero(own[num_gone:])
-    ends = (len(table) - places if policy.from_tail else places + 1) * block_size
-    values = policy.value(ends, now - table.last_active)
-    return np.broadcast_to(values, ends.shape).tolist(), ids[own].tolist()
+    length, last_active = len(table), table.last_active
+    until = min(at + LOOKS, length)
+    while at < until:  # mostly one of the first may: a scan costs more than some looks
+        block = table[length - 1 - at if policy.from_tail else at]
+        if may_go_one(blocks, block, way, settled) and blocks.last_used.item(block) <= last_active:
+            return at
+        if at == table.passed.item(way) and has_gone_one(blocks, block, way):
+            table.passed[way] += 1
+        at += 1
+    ids = table.blocks[:: -1 if policy.from_tail else 1][at:]
+    if at == table.passed[way]:
+        stays = ~has_gone(blocks, ids, way)
+        num_gone = int(stays.argmax()) if stays.any() else len(ids)
+        table.passed[way] = at = at + num_gone
+        ids = ids[num_gone:]
+    own = may_go(blocks, ids, way, settled) & (blocks.last_used[ids] <= last_active)
+    return at + (int(own.argmax()) if own.any() else len(ids))
 
 
 def _ascending(values: NDArray[np.float64]) -> Iterator[int]:

@@ -16,7 +16,6 @@ it is computed again when a turn needs it.
 
 from array import array
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -60,8 +59,7 @@ class Write(NamedTuple):
     num_valid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """The next part of a table's missing KV."""
 
     runs: list[Run]  # ascending
@@ -172,18 +170,24 @@ class KVCacheManager:
         """A turn was accepted: until it runs nothing is worth more than its blocks."""
         self._tables.last_active[table.row] = now
         self.blocks.last_used[table.blocks] = now
-        self.tiers.became_idle()
+        self.tiers.became_idle(table)
 
     def load_early(self, table: BlockTable, num_tokens: int, at_most: int, now: float) -> int:
         """Begin to load what is on the host of the first `num_tokens` tokens of a turn that waits, up to
         `at_most` blocks.  Returns how many.
         """
-        found = np.flatnonzero(self._to_load(table, 0, num_tokens))[:at_most].tolist()
-        for done, i in enumerate(found):
-            if not self.tiers.begin_load(table[i], now):
-                return done
-            table.fetched.append(table[i])
-        return len(found)
+        found = table.blocks[np.flatnonzero(self._to_load(table, 0, num_tokens))[:at_most]].tolist()
+        num_begun = 0
+        for block in found:
+            if not self._is_on_host(block):
+                continue  # any more: room was made for one before it
+            if not self.tiers.begin_load(block, now):
+                break
+            table.fetched.append(block)
+            num_begun += 1
+        if num_begun:
+            table.passed[:] = 0
+        return num_begun
 
     def activate(self, table: BlockTable) -> None:
         if table.is_active:
@@ -194,6 +198,7 @@ class KVCacheManager:
         self.tiers.count(ids, -1)
         self.blocks.num_active[ids] += 1
         self._tables.is_active[table.row] = True
+        self.tiers.became_active(table)
         table.cursor, table.passed[:] = 0, 0
 
     def deactivate(self, table: BlockTable, now: float) -> None:
@@ -204,7 +209,7 @@ class KVCacheManager:
         self.blocks.num_active[ids] -= 1
         self.tiers.count(ids, +1)
         table.fetched.clear()
-        self.tiers.became_idle()
+        self.tiers.became_idle(table)
 
     def num_missing(self, table: BlockTable, num_tokens: int) -> int:
         """Slots that `table` lacks to hold `num_tokens`."""
@@ -401,13 +406,20 @@ class KVCacheManager:
 
     def _fetch(self, table: BlockTable, num_tokens: int, now: float) -> bool:
         """Begin to load what is on the host of the first `num_tokens` tokens; False if slots ran out."""
-        first = table.cursor
-        if not self.tiers.host.num_slots or first >= len(table):
+        first, last = table.cursor, len(table) - 1
+        if not self.tiers.host.num_slots or first > last:
             return True
+        if first == last and (
+            self.blocks.num_scheduled.item(table[last]) or not self._is_on_host(table[last])
+        ):
+            return True  # as it mostly is: scans cost more than this look
         for i in np.flatnonzero(self._to_load(table, first, num_tokens)).tolist():
             if not self.tiers.begin_load(table[first + i], now):
                 return False
         return True
+
+    def _is_on_host(self, block: int) -> bool:
+        return self.blocks.host_valid.item(block) > 0
 
     def _named(self, name: bytes) -> int:
         """The block of that name, which may be new."""

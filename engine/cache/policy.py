@@ -7,8 +7,6 @@ The same order empties the device tier into the host tier, and the host tier int
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-
 from engine.cache.costs import CostTable
 
 
@@ -30,16 +28,16 @@ class Policy:
     from_tail: bool = False
 
 
-lru = Policy(lambda end, idle_s: -idle_s)
+lru = Policy(lambda end, idle_s: end * 0.0 - idle_s)
 """Longest idle first, leading blocks first: those are the cheapest to compute again."""
 
-lru_tail = Policy(lambda end, idle_s: -idle_s, from_tail=True)
+lru_tail = Policy(lambda end, idle_s: end * 0.0 - idle_s, from_tail=True)
 """Longest idle first, last blocks first, as caches of prefixes do."""
 
 
 def retention(costs: CostTable) -> Policy:
     """Cost of computing the block again over idle time (Pensieve, section 4.3.1)."""
-    return Policy(lambda end, idle_s: costs.compute_s(end) / np.maximum(idle_s, 1e-9))
+    return Policy(lambda end, idle_s: costs.compute_s(end) / (idle_s + 1e-9))
 
 
 def policy_named(name: str, costs: CostTable | None) -> Policy:

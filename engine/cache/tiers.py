@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from engine.cache.block import LOADING, NO_SLOT, NOT_COPIED, STORING, BlockIds, BlockMove, Blocks, Copy
 from engine.cache.block_pool import BlockPool
-from engine.cache.block_table import BlockTables
+from engine.cache.block_table import BlockTable, BlockTables
 from engine.cache.costs import CostTable, reload_is_cheaper
-from engine.cache.eviction import Way, lowest_first, may_go
+from engine.cache.eviction import NO_ROW, Way, lowest_first, may_go, may_go_one
 from engine.cache.policy import Policy
 from engine.errors import InvariantError
 
@@ -26,8 +26,12 @@ STORE_BELOW = 0.25
 """Share of the device slots: blocks are copied to the host ahead of time while fewer are free or clean."""
 STORE_ANYWAY_BELOW = 0.1
 """While blocks are loaded, none are stored, unless fewer than this are free or clean."""
-RANKED_FOR_S = 1.0
-"""So long an order of values is good for, unless a conversation has become idle."""
+RANKED_AT_ONCE = 64
+"""Blocks."""
+MADE_ROOM_FOR = 4
+"""Slots that are emptied at once."""
+RANKED_FOR_S = 0.25
+"""So long an order of values is good for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +51,10 @@ class CacheStatistics:
 
 
 class _Ranked:
-    """What goes one way next, ranked once for several uses: value, block and its generation."""
+    """What goes one way next, ranked once for several uses: value, block, its generation, its table's row."""
 
     def __init__(self) -> None:
-        self.queue: deque[tuple[float, int, int]] = deque()
+        self.queue: deque[tuple[float, int, int, int]] = deque()
         self.at = -1.0  # the time of the ranking
 
 
@@ -78,6 +82,7 @@ class Tiers:
         self._pipelined = pipelined
         self._copies: dict[int, Copy] = {}  # by block, begun and not yet ended
         self._begun: list[Copy] = []  # those of them for the next step
+        self._twice: dict[int, None] = {}  # rows of running conversations with copies on the host
         self._leaving: set[int] = set()  # named by no table, but a launched step still touches them
         self._num_evictable = self._num_clean = self._num_host_evictable = self._num_storing = 0
         self._num_evicted = self._num_stored = self._num_loaded = self._num_failed = 0
@@ -140,6 +145,11 @@ class Tiers:
             self._num_loaded,
             self._num_failed,
         )
+
+    @property
+    def num_per_step(self) -> int:
+        """Blocks that a step stores ahead of time, or loads early, at most: its computing waits for them."""
+        return max(8, self.device.num_slots // 256)
 
     # -- steps
 
@@ -230,11 +240,15 @@ class Tiers:
             self.free(block)
             self._blocks.retire(block)
 
-    def became_idle(self) -> None:
-        """A conversation's blocks can be evicted from now on."""
+    def became_active(self, table: BlockTable) -> None:
+        """Nobody may evict its blocks from now on.  What the host has of them is there twice, or will be."""
+        if (self._blocks.host_slot[table.blocks] != NO_SLOT).any():
+            self._twice[table.row] = None
+
+    def became_idle(self, table: BlockTable) -> None:
+        """A conversation's blocks can be evicted from now on, or are worth more than before."""
+        self._twice.pop(table.row, None)
         self._may_store = True
-        for ranked in self._ranked.values():
-            ranked.queue.clear()
 
     # -- copies
 
@@ -268,8 +282,11 @@ class Tiers:
 
     def begin_load(self, block: int, now: float) -> bool:
         """Copy the block to the device in the next step; False if there is no slot for it."""
-        blocks = self._blocks
+        blocks, touched = self._blocks, self._blocks.last_step.item(block)
+        self._pin(block)  # before room is made for it, at the expense of what else is on the host
         if blocks.slot.item(block) == NO_SLOT and not self.give_slot(block, now):
+            blocks.last_step[block] = touched
+            self.count_one(block, +1)
             return False
         num_tokens = blocks.host_valid.item(block)
         move = BlockMove(blocks.slot.item(block), blocks.host_slot.item(block))
@@ -286,9 +303,9 @@ class Tiers:
             return
         if free >= STORE_ANYWAY_BELOW * num_slots and any(copy.is_load for copy in self._copies.values()):
             return
-        left = min(int(STORE_BELOW * num_slots) + 1 - free, max(1, num_slots // 32))
-        for value, block in self._lowest(Way.TO_HOST, now):
-            if not self._begin_store(block, value, now):
+        left = min(int(STORE_BELOW * num_slots) + 1 - free, self.num_per_step)
+        for value, block, row in self._lowest(Way.TO_HOST, now):
+            if not self._begin_store(block, row, value, now):
                 break
             left -= 1
             if not left:
@@ -328,25 +345,29 @@ class Tiers:
 
     # -- private
 
-    def _lowest(self, way: Way, now: float) -> Iterator[tuple[float, int]]:
-        """Values and blocks that may go, lowest first; those that are not taken will be found again."""
+    def _lowest(self, way: Way, now: float) -> Iterator[tuple[float, int, int]]:
+        """Values, blocks and their tables' rows, of what may go, lowest first; what is not taken will be
+        found again.
+        """
         ranked, blocks = self._ranked[way], self._blocks
         while True:
             if not ranked.queue or now - ranked.at > RANKED_FOR_S:
-                at_once = max(64, self.device.num_slots // 64)
                 lowest = lowest_first(
                     self._tables, blocks, way, self.policy, self._block_size, now, self.settled
                 )
                 ranked.queue = deque(
-                    (value, block, blocks.generation.item(block))
-                    for value, block in islice(lowest, min(at_once, self._num_that_may_go(way)))
+                    (value, block, blocks.generation.item(block), row)
+                    for value, block, row in islice(lowest, min(RANKED_AT_ONCE, self._num_that_may_go(way)))
                 )
                 ranked.at = now
             if not ranked.queue:
                 return
-            value, block, generation = ranked.queue.popleft()
-            if blocks.generation.item(block) == generation and self._may_go(block, way):
-                yield value, block
+            value, block, generation, row = ranked.queue.popleft()
+            is_same = (
+                blocks.generation.item(block) == generation and blocks.last_used.item(block) <= ranked.at
+            )
+            if is_same and may_go_one(blocks, block, way, self.settled):
+                yield value, block, row
 
     def _num_that_may_go(self, way: Way) -> int:
         return {
@@ -356,30 +377,18 @@ class Tiers:
             Way.OFF_HOST: self._num_host_evictable,
         }[way]
 
-    def _may_go(self, block: int, way: Way) -> bool:
-        """As `eviction.may_go`, of one block."""
-        blocks = self._blocks
-        if not self._is_idle_one(block):
-            return False
-        if way is Way.OFF_HOST:
-            return blocks.host_slot.item(block) != NO_SLOT
-        is_clean = blocks.host_valid.item(block) >= blocks.num_valid.item(block)
-        wanted = way is Way.OFF_DEVICE or is_clean == (way is Way.OFF_DEVICE_AT_NO_COST)
-        return wanted and blocks.slot.item(block) != NO_SLOT
-
     def _make_room(self, now: float) -> bool:
-        """Empty a few device slots at once: clean ones as long as there are any, else those of the least
+        """Empty a few device slots: clean ones as long as there are any, else those of the least
         valuable blocks, which go to the host if it takes them.
         """
-        left = max(1, self.device.num_slots // 64)
         way = Way.OFF_DEVICE_AT_NO_COST if self._num_clean else Way.OFF_DEVICE
-        left = min(left, self._num_clean or self._num_evictable)
+        left = min(MADE_ROOM_FOR, self._num_clean or self._num_evictable)
         if not left:
             return False
-        for value, block in self._lowest(way, now):
+        for value, block, row in self._lowest(way, now):
             if way is Way.OFF_DEVICE_AT_NO_COST:
                 self._free_slot(block)
-            elif not self._begin_store(block, value, now, leaves=True):
+            elif not self._begin_store(block, row, value, now, leaves=True):
                 self._num_evicted += 1
                 self.free(block)  # on the host there is at most a part of it
             left -= 1
@@ -387,50 +396,53 @@ class Tiers:
                 return True
         raise InvariantError(f"{left} more blocks were counted as evictable than were found")
 
-    def _begin_store(self, block: int, value: float, now: float, leaves: bool = False) -> bool:
-        """Copy the block to the host in the next step, in which its device slot serves another if it
-        `leaves`: a step stores before it does anything else.  False if what the host holds is worth more.
+    def _begin_store(self, block: int, row: int, value: float, now: float, leaves: bool = False) -> bool:
+        """Copy the block, of the table of that row, to the host in the next step, in which its device slot
+        serves another if it `leaves`: a step stores before it does anything else.  False if what the host
+        holds is worth more.
         """
         blocks = self._blocks
-        if blocks.host_slot.item(block) == NO_SLOT and not self._take_host_slot(block, value, now):
-            return False
-        self.count_one(block, -1)
-        blocks.host_valid[block] = 0
-        self.count_one(block, +1)
-        move = BlockMove(blocks.slot.item(block), blocks.host_slot.item(block))
+        slot, host_slot = blocks.slot.item(block), blocks.host_slot.item(block)
+        if host_slot == NO_SLOT:
+            taken = self._take_host_slot(value, now)
+            if taken is None:
+                return False
+            host_slot = taken
         num_tokens = blocks.num_valid.item(block)
+        self._pin(block)
         if leaves:
             self._free_slot(block)
+        blocks.host_slot[block], blocks.host_valid[block] = host_slot, 0
+        self._begin(block, num_tokens, BlockMove(slot, host_slot), STORING)
         self._num_storing += 1
-        self._begin(block, num_tokens, move, STORING)
+        if row != NO_ROW:  # there is something in it again that can leave the host, or the device at no cost
+            self._tables.passed[[Way.OFF_HOST, Way.OFF_DEVICE_AT_NO_COST], row] = 0
         return True
 
-    def _begin(self, block: int, num_tokens: int, move: BlockMove, copying: int) -> None:
+    def _pin(self, block: int) -> None:
+        """The next step touches the block."""
         self.count_one(block, -1)
         self._blocks.last_step[block] = self._launched + 1
+
+    def _begin(self, block: int, num_tokens: int, move: BlockMove, copying: int) -> None:
         self._blocks.copying[block] = copying
         generation = self._blocks.generation.item(block)
         self._copies[block] = copy = Copy(block, generation, num_tokens, move, copying == LOADING)
         self._begun.append(copy)
 
-    def _take_host_slot(self, block: int, value: float, now: float) -> bool:
+    def _take_host_slot(self, value: float, now: float) -> int | None:
         slot = self.host.take()
         if slot is None:
             self._make_host_room(value, now)
             slot = self.host.take()
-        if slot is None:
-            return False
-        self.count_one(block, -1)
-        self._blocks.host_slot[block] = slot
-        self.count_one(block, +1)
-        return True
+        return slot
 
     def _make_host_room(self, value: float, now: float) -> None:
         """Empty a few host slots: second copies of what running turns hold on the device, then idle blocks
         that are worth less than `value`.
         """
-        left, blocks = max(1, self.host.num_slots // 64), self._blocks
-        for row in np.flatnonzero(self._tables.is_active).tolist():
+        left, blocks = MADE_ROOM_FOR, self._blocks
+        for row in list(self._twice):
             ids = self._tables[row].blocks
             twice = (blocks.host_slot[ids] != NO_SLOT) & (blocks.num_scheduled[ids] > 0)
             for block in ids[twice & (blocks.copying[ids] == NOT_COPIED)].tolist():
@@ -438,9 +450,12 @@ class Tiers:
                 left -= 1
                 if not left:
                     return
-        for other, block in self._lowest(Way.OFF_HOST, now):
+            if not blocks.copying[ids].any():
+                del self._twice[row]
+        for other, block, row in self._lowest(Way.OFF_HOST, now):
             if other >= value:
-                self._ranked[Way.OFF_HOST].queue.appendleft((other, block, blocks.generation.item(block)))
+                generation = blocks.generation.item(block)
+                self._ranked[Way.OFF_HOST].queue.appendleft((other, block, generation, row))
                 return
             self._num_evicted += blocks.slot.item(block) == NO_SLOT
             self._free_host_slot(block)
