@@ -155,3 +155,22 @@ def test_a_weight_without_rows_or_columns_gives_what_torch_gives() -> None:
     assert PackedLinear(torch.empty(0, 4).bfloat16())(torch.ones(2, 4).bfloat16()).shape == (2, 0)
     bias: Tensor = torch.randn(3).bfloat16()
     assert torch.equal(PackedLinear(torch.empty(3, 0).bfloat16(), bias)(torch.ones(2, 0).bfloat16())[1], bias)
+
+
+@pytest.mark.skipif(not torch._C._has_mkldnn, reason="this torch has no oneDNN")
+def test_onednn_meets_few_numbers_of_rows_and_none_that_wastes_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: set[int] = set()
+
+    def product(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+        met.add(len(x))
+        return F.linear(x, matrix)
+
+    monkeypatch.setattr("kernels.linear._tile_library", lambda dtype: None)
+    matrix = torch.randn(5, 7)
+    linear = PackedLinear(matrix, None)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
+    for rows in range(1, 513):
+        x = torch.randn(rows, 7)
+        torch.testing.assert_close(linear(x), F.linear(x, matrix))
+        assert max(met) < rows + 32
+    assert len(met) <= 32
