@@ -30,6 +30,33 @@ MAX_UNREAD_TOKENS = 256
 """A turn whose reader is this far behind pauses until it has caught up."""
 
 
+class Flag:
+    """As asyncio.Event, in a tenth of its memory while nobody waits: every conversation has two."""
+
+    __slots__ = ("_is_set", "_waiting")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiting: asyncio.Event | None = None
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        self._is_set = True
+        if self._waiting is not None:
+            self._waiting.set()
+            self._waiting = None
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    async def wait(self) -> None:
+        if not self._is_set:
+            self._waiting = self._waiting or asyncio.Event()
+            await self._waiting.wait()
+
+
 class Outbox:
     """Events on their way to one reader.  Never blocks the writer: deltas that wait are merged into one."""
 
@@ -137,10 +164,8 @@ class LiveConversation:
     history_rewritten: bool = False  # the template would by now render the past differently
     retries: bool = False  # an earlier attempt at the next turn may have been shown
     is_deleted: bool = False
-    idle: asyncio.Event = field(
-        default_factory=asyncio.Event
-    )  # nothing is being prepared, computed, committed or rewound
-    prepared: asyncio.Event = field(default_factory=asyncio.Event)
+    idle: Flag = field(default_factory=Flag)  # nothing is being prepared, computed, committed or rewound
+    prepared: Flag = field(default_factory=Flag)
 
     @property
     def committed_tokens(self) -> int:

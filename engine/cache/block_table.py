@@ -23,7 +23,7 @@ class BlockTable:
         self.row = row
         self.num_tokens = 0
         self.cursor = 0  # while active: blocks before it are scheduled whole
-        self.fetched: list[int] = []  # blocks that were loaded because a turn waits
+        self.fetched: tuple[int, ...] = ()  # blocks that were loaded because a turn waits
         self._columns = columns
         self._blocks: BlockIds = np.empty(4, np.int32)
         self._length = 0

@@ -183,7 +183,7 @@ class KVCacheManager:
                 continue  # any more: room was made for one before it
             if not self.tiers.begin_load(block, now):
                 break
-            table.fetched.append(block)
+            table.fetched += (block,)
             num_begun += 1
         if num_begun:
             table.passed[:] = 0
@@ -208,7 +208,7 @@ class KVCacheManager:
         self.blocks.last_used[ids] = now
         self.blocks.num_active[ids] -= 1
         self.tiers.count(ids, +1)
-        table.fetched.clear()
+        table.fetched = ()
         self.tiers.became_idle(table)
 
     def num_missing(self, table: BlockTable, num_tokens: int) -> int:
