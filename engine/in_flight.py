@@ -166,8 +166,7 @@ class TurnsInFlight:
         assert flight is not None
         self._emit(live, flight, flight.turn.num_generated, flight.reply.finish())
         record = self._record(live, flight, reason)
-        if self._stateless:
-            self._core.manager.drop(live.core.table)
+        self._give_up_kv(live)
         if not live.is_logged:
             self._done(live, flight, record)
             return
@@ -236,10 +235,21 @@ class TurnsInFlight:
 
     def _fail(self, live: LiveConversation, error: Exception) -> None:
         assert live.flight is not None
+        self._give_up_kv(live)
         live.retries = True
         live.emit(TurnFailed(live.next_seq(), live.flight.turn_id, error))
         self._statistics.turn_failed(live.flight.turn, error)
         self._close_flight(live)
+
+    def _give_up_kv(self, live: LiveConversation) -> None:
+        """Stateless: the next turn finds none.  What a launched step still writes goes to blocks that no
+        history names any more.
+        """
+        if self._stateless:
+            manager, conversation = self._core.manager, live.core
+            manager.drop(conversation.table)
+            manager.truncate(conversation.table, 0)
+            manager.extend(conversation.table, conversation.tokens)
 
     def _close_flight(self, live: LiveConversation) -> None:
         flight = live.flight
