@@ -6,8 +6,10 @@ largest of their values, which is that of the one used last: the others pass it 
 """
 
 import heapq
+from collections import deque
 from collections.abc import Iterator
 from enum import IntEnum
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,10 @@ NO_ROW = -1
 LOOKS = 4
 CHUNK = 64
 """So many conversations are put in order first; more only if these do not give enough."""
+RANKED_AT_ONCE = 64
+"""Blocks."""
+RANKED_FOR_S = 0.25
+"""So long an order of values is good for."""
 
 Mask = NDArray[np.bool_]
 
@@ -31,6 +37,42 @@ class Way(IntEnum):
     OFF_DEVICE_AT_NO_COST = 1
     TO_HOST = 2
     OFF_HOST = 3
+
+
+class Ranking:
+    """What leaves next, by each way: ranked once for several uses, and looked at again before it is used."""
+
+    def __init__(self, tables: BlockTables, blocks: Blocks, policy: Policy, block_size: int) -> None:
+        self._tables, self._blocks, self._policy, self._block_size = tables, blocks, policy, block_size
+        # Value, block, its generation, and the row of its table; and the times at which they were ranked.
+        self._queues: dict[Way, deque[tuple[float, int, int, int]]] = {way: deque() for way in Way}
+        self._ranked_at = dict.fromkeys(Way, -1.0)
+
+    def lowest(
+        self, way: Way, now: float, settled: int, num_that_may_go: int
+    ) -> Iterator[tuple[float, int, int]]:
+        """Values, blocks and their tables' rows, lowest first.  The caller takes each away, or will be given
+        it again.  What was used since it was ranked is worth more now, and left out.
+        """
+        blocks, queue = self._blocks, self._queues[way]
+        while True:
+            if not queue or now - self._ranked_at[way] > RANKED_FOR_S:
+                ranked = lowest_first(self._tables, blocks, way, self._policy, self._block_size, now, settled)
+                queue.clear()
+                for value, block, row in islice(ranked, min(RANKED_AT_ONCE, num_that_may_go)):
+                    queue.append((value, block, blocks.generation.item(block), row))
+                self._ranked_at[way] = now
+            if not queue:
+                return
+            value, block, generation, row = queue.popleft()
+            is_unused = blocks.last_used.item(block) <= self._ranked_at[way]
+            is_same = blocks.generation.item(block) == generation
+            if is_same and is_unused and may_go_one(blocks, block, way, settled):
+                yield value, block, row
+
+    def put_back(self, way: Way, value: float, block: int, row: int) -> None:
+        """It stays after all."""
+        self._queues[way].appendleft((value, block, self._blocks.generation.item(block), row))
 
 
 def may_go(blocks: Blocks, ids: BlockIds, way: Way, settled: int) -> Mask:

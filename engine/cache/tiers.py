@@ -6,10 +6,8 @@ the device until its slot is handed out (lazy reclamation).  With a host tier of
 is leaving altogether.
 """
 
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +16,7 @@ from engine.cache.block import LOADING, NO_SLOT, NOT_COPIED, STORING, BlockIds, 
 from engine.cache.block_pool import BlockPool
 from engine.cache.block_table import BlockTable, BlockTables
 from engine.cache.costs import CostTable, reload_is_cheaper
-from engine.cache.eviction import NO_ROW, Way, lowest_first, may_go, may_go_one
+from engine.cache.eviction import NO_ROW, Ranking, Way, may_go
 from engine.cache.policy import Policy
 from engine.errors import InvariantError
 
@@ -26,12 +24,8 @@ STORE_BELOW = 0.25
 """Share of the device slots: blocks are copied to the host ahead of time while fewer are free or clean."""
 STORE_ANYWAY_BELOW = 0.1
 """While blocks are loaded, none are stored, unless fewer than this are free or clean."""
-RANKED_AT_ONCE = 64
-"""Blocks."""
 MADE_ROOM_FOR = 4
 """Slots that are emptied at once."""
-RANKED_FOR_S = 0.25
-"""So long an order of values is good for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +42,6 @@ class CacheStatistics:
     num_stored: int
     num_loaded: int
     num_failed_copies: int
-
-
-class _Ranked:
-    """What goes one way next, ranked once for several uses: value, block, its generation, its table's row."""
-
-    def __init__(self) -> None:
-        self.queue: deque[tuple[float, int, int, int]] = deque()
-        self.at = -1.0  # the time of the ranking
 
 
 class Tiers:
@@ -86,7 +72,7 @@ class Tiers:
         self._leaving: set[int] = set()  # named by no table, but a launched step still touches them
         self._num_evictable = self._num_clean = self._num_host_evictable = self._num_storing = 0
         self._num_evicted = self._num_stored = self._num_loaded = self._num_failed = 0
-        self._ranked = {way: _Ranked() for way in Way}
+        self._ranking = Ranking(tables, blocks, policy, block_size)
         self._may_store = True  # False: the host refused or a copy failed, and nothing has become idle since
 
     # -- counts
@@ -346,28 +332,7 @@ class Tiers:
     # -- private
 
     def _lowest(self, way: Way, now: float) -> Iterator[tuple[float, int, int]]:
-        """Values, blocks and their tables' rows, of what may go, lowest first; what is not taken will be
-        found again.
-        """
-        ranked, blocks = self._ranked[way], self._blocks
-        while True:
-            if not ranked.queue or now - ranked.at > RANKED_FOR_S:
-                lowest = lowest_first(
-                    self._tables, blocks, way, self.policy, self._block_size, now, self.settled
-                )
-                ranked.queue = deque(
-                    (value, block, blocks.generation.item(block), row)
-                    for value, block, row in islice(lowest, min(RANKED_AT_ONCE, self._num_that_may_go(way)))
-                )
-                ranked.at = now
-            if not ranked.queue:
-                return
-            value, block, generation, row = ranked.queue.popleft()
-            is_same = (
-                blocks.generation.item(block) == generation and blocks.last_used.item(block) <= ranked.at
-            )
-            if is_same and may_go_one(blocks, block, way, self.settled):
-                yield value, block, row
+        return self._ranking.lowest(way, now, self.settled, self._num_that_may_go(way))
 
     def _num_that_may_go(self, way: Way) -> int:
         return {
@@ -454,8 +419,7 @@ class Tiers:
                 del self._twice[row]
         for other, block, row in self._lowest(Way.OFF_HOST, now):
             if other >= value:
-                generation = blocks.generation.item(block)
-                self._ranked[Way.OFF_HOST].queue.appendleft((other, block, generation, row))
+                self._ranking.put_back(Way.OFF_HOST, other, block, row)
                 return
             self._num_evicted += blocks.slot.item(block) == NO_SLOT
             self._free_host_slot(block)
