@@ -137,12 +137,12 @@ class KVCacheManager:
             block = table[len(table) - 1]
             if kept > 0 and blocks.name_of(block) == NO_NAME:
                 if self.tiers.reach(block) > kept:
-                    self.tiers.count_one(block, -1)
+                    self.tiers.idle.count_one(block, -1)
                     blocks.generation[block] += 1
                     valid = min(blocks.num_valid.item(block), kept)
                     blocks.num_valid[block] = blocks.num_scheduled[block] = valid
                     blocks.host_valid[block] = min(blocks.host_valid.item(block), kept)
-                    self.tiers.count_one(block, +1)
+                    self.tiers.idle.count_one(block, +1)
                 break
             self._drop_last(table)
             if kept > 0:
@@ -161,7 +161,7 @@ class KVCacheManager:
     def drop(self, table: BlockTable) -> None:
         """Give up all KV of an idle table that nothing else needs now."""
         ids = table.blocks
-        for block in ids[self.tiers.is_idle(ids)].tolist():
+        for block in ids[self.tiers.idle.are(ids)].tolist():
             self.tiers.free(block)
 
     # -- turns
@@ -195,7 +195,7 @@ class KVCacheManager:
         if self._twins:
             self._join_twins(table)
         ids = table.blocks
-        self.tiers.count(ids, -1)
+        self.tiers.idle.count(ids, -1)
         self.blocks.num_active[ids] += 1
         self._tables.is_active[table.row] = True
         self.tiers.became_active(table)
@@ -207,7 +207,7 @@ class KVCacheManager:
         self._tables.last_active[table.row] = now
         self.blocks.last_used[ids] = now
         self.blocks.num_active[ids] -= 1
-        self.tiers.count(ids, +1)
+        self.tiers.idle.count(ids, +1)
         table.fetched = ()
         self.tiers.became_idle(table)
 
@@ -219,7 +219,7 @@ class KVCacheManager:
     def num_own(self, table: BlockTable) -> int:
         """Device slots of an idle `table` that could be made free."""
         ids = table.blocks
-        return int(np.count_nonzero(self.tiers.is_idle(ids) & (self.blocks.slot[ids] != NO_SLOT)))
+        return int(np.count_nonzero(self.tiers.idle.are(ids) & (self.blocks.slot[ids] != NO_SLOT)))
 
     def num_scheduled(self, table: BlockTable, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens have KV on the device, or will when every planned step
@@ -327,9 +327,9 @@ class KVCacheManager:
         blocks = self.blocks
         for block, generation, num_valid in writes:
             if blocks.generation.item(block) == generation and blocks.num_valid.item(block) < num_valid:
-                self.tiers.count_one(block, -1)
+                self.tiers.idle.count_one(block, -1)
                 blocks.num_valid[block] = num_valid
-                self.tiers.count_one(block, +1)
+                self.tiers.idle.count_one(block, +1)
         return self.tiers.settle(number, ids, copies, failed)
 
     def void(self, writes: Iterable[Write]) -> None:
@@ -494,6 +494,6 @@ class KVCacheManager:
         self._unref(mine)
 
     def _set_active(self, block: int, by: int) -> None:
-        self.tiers.count_one(block, -1)
+        self.tiers.idle.count_one(block, -1)
         self.blocks.num_active[block] += by
-        self.tiers.count_one(block, +1)
+        self.tiers.idle.count_one(block, +1)

@@ -16,7 +16,8 @@ from engine.cache.block import LOADING, NO_SLOT, NOT_COPIED, STORING, BlockIds, 
 from engine.cache.block_pool import BlockPool
 from engine.cache.block_table import BlockTable, BlockTables
 from engine.cache.costs import CostTable, reload_is_cheaper
-from engine.cache.eviction import NO_ROW, Ranking, Way, may_go
+from engine.cache.eviction import NO_ROW, Ranking, Way
+from engine.cache.idle_blocks import IdleBlocks
 from engine.cache.policy import Policy
 from engine.errors import InvariantError
 
@@ -60,7 +61,7 @@ class Tiers:
         """`pipelined`: what is loaded may be attended to in the same step."""
         self.device, self.host = device, host
         self.policy = policy
-        self.settled = 0  # number of the last step that has ended
+        self.idle = IdleBlocks(blocks)
         self._launched = 0  # number of the last step that was planned
         self._tables, self._blocks = tables, blocks
         self._block_size = block_size
@@ -70,62 +71,23 @@ class Tiers:
         self._begun: list[Copy] = []  # those of them for the next step
         self._twice: dict[int, None] = {}  # rows of running conversations with copies on the host
         self._leaving: set[int] = set()  # named by no table, but a launched step still touches them
-        self._num_evictable = self._num_clean = self._num_host_evictable = self._num_storing = 0
-        self._num_evicted = self._num_stored = self._num_loaded = self._num_failed = 0
+        self._num_storing = self._num_evicted = self._num_stored = self._num_loaded = self._num_failed = 0
         self._ranking = Ranking(tables, blocks, policy, block_size)
         self._may_store = True  # False: the host refused or a copy failed, and nothing has become idle since
-
-    # -- counts
 
     @property
     def num_available(self) -> int:
         """Device slots that are free or can be made free."""
-        return self.device.num_free + self._num_evictable
-
-    @property
-    def num_clean(self) -> int:
-        """Device slots that can be made free at no cost: their blocks are on the host as well."""
-        return self._num_clean
-
-    def count(self, ids: BlockIds, by: int) -> None:
-        """Around every change to `ids`, which must all differ: first with -1, then with +1."""
-        idle = ids[self.is_idle(ids)]
-        if not len(idle):
-            return
-        blocks = self._blocks
-        on_device = blocks.slot[idle] != NO_SLOT
-        is_clean = blocks.host_valid[idle] >= blocks.num_valid[idle]
-        self._num_evictable += by * int(np.count_nonzero(on_device))
-        self._num_clean += by * int(np.count_nonzero(on_device & is_clean))
-        self._num_host_evictable += by * int(np.count_nonzero(blocks.host_slot[idle] != NO_SLOT))
-
-    def count_one(self, block: int, by: int) -> None:
-        if not self._is_idle_one(block):
-            return
-        blocks = self._blocks
-        if blocks.slot.item(block) != NO_SLOT:
-            self._num_evictable += by
-            if blocks.host_valid.item(block) >= blocks.num_valid.item(block):
-                self._num_clean += by
-        if blocks.host_slot.item(block) != NO_SLOT:
-            self._num_host_evictable += by
-
-    def is_idle(self, ids: BlockIds) -> NDArray[np.bool_]:
-        """No running turn and no launched step needs them."""
-        idle: NDArray[np.bool_] = self._blocks.num_active[ids] == 0
-        return idle & (self._blocks.last_step[ids] <= self.settled)
-
-    def _is_idle_one(self, block: int) -> bool:
-        return not self._blocks.num_active.item(block) and self._blocks.last_step.item(block) <= self.settled
+        return self.device.num_free + self.idle.num_evictable
 
     def statistics(self) -> CacheStatistics:
         return CacheStatistics(
             self.device.num_slots,
             self.device.num_free,
-            self._num_evictable,
+            self.idle.num_evictable,
             self.host.num_slots,
             self.host.num_free,
-            self._num_host_evictable,
+            self.idle.num_on_host,
             self._num_evicted,
             self._num_stored,
             self._num_loaded,
@@ -143,9 +105,9 @@ class Tiers:
         """A step is planned that touches `ids`, which may repeat: until it is settled nothing evicts them.
         Returns its number and the copies that it must make: those that have begun since the last one.
         """
-        idle = ids[self.is_idle(ids)]
+        idle = ids[self.idle.are(ids)]
         if len(idle):
-            self.count(np.unique(idle), -1)
+            self.idle.count(np.unique(idle), -1)
         self._launched += 1
         self._blocks.last_step[ids] = self._launched
         begun, self._begun = tuple(self._begun), []
@@ -163,9 +125,9 @@ class Tiers:
         touched = touched[
             (self._blocks.num_active[touched] == 0) & (self._blocks.last_step[touched] == number)
         ]
-        self.settled = number
+        self.idle.settled = number
         if len(touched):
-            self.count(np.unique(touched), +1)
+            self.idle.count(np.unique(touched), +1)
         for block in [block for block in self._leaving if self._blocks.last_step.item(block) <= number]:
             self._leaving.remove(block)
             self.free(block)
@@ -208,9 +170,9 @@ class Tiers:
             slot = self.device.take()
         if slot is None:
             return False
-        self.count_one(block, -1)
+        self.idle.count_one(block, -1)
         self._blocks.slot[block] = slot
-        self.count_one(block, +1)
+        self.idle.count_one(block, +1)
         return True
 
     def free(self, block: int) -> None:
@@ -220,7 +182,7 @@ class Tiers:
 
     def retire(self, block: int) -> None:
         """No table names `block` any more: free it now, or when the steps that touch it have ended."""
-        if self._blocks.last_step.item(block) > self.settled:
+        if self._blocks.last_step.item(block) > self.idle.settled:
             self._leaving.add(block)
         else:
             self.free(block)
@@ -272,7 +234,7 @@ class Tiers:
         self._pin(block)  # before room is made for it, at the expense of what else is on the host
         if blocks.slot.item(block) == NO_SLOT and not self.give_slot(block, now):
             blocks.last_step[block] = touched
-            self.count_one(block, +1)
+            self.idle.count_one(block, +1)
             return False
         num_tokens = blocks.host_valid.item(block)
         move = BlockMove(blocks.slot.item(block), blocks.host_slot.item(block))
@@ -284,7 +246,7 @@ class Tiers:
     def store_ahead(self, now: float) -> None:
         """Begin to copy the least valuable idle blocks to the host if few slots are free or clean."""
         num_slots = self.device.num_slots
-        free = self.device.num_free + self._num_clean + self._num_storing
+        free = self.device.num_free + self.idle.num_clean + self._num_storing
         if not self._may_store or not self.host.num_slots or free >= STORE_BELOW * num_slots:
             return
         if free >= STORE_ANYWAY_BELOW * num_slots and any(copy.is_load for copy in self._copies.values()):
@@ -317,37 +279,25 @@ class Tiers:
         no_slot |= (blocks.host_slot[every] == NO_SLOT) & (blocks.host_valid[every] > 0)
         for block in every[no_slot]:
             raise InvariantError(f"{blocks.describe(block)} claims KV without a slot")
-        for block in every[(blocks.copying[every] != NOT_COPIED) & (blocks.last_step[every] <= self.settled)]:
+        for block in every[
+            (blocks.copying[every] != NOT_COPIED) & (blocks.last_step[every] <= self.idle.settled)
+        ]:
             raise InvariantError(f"{blocks.describe(block)} is copied by no step")
         if set(every[blocks.copying[every] != NOT_COPIED].tolist()) != set(self._copies):
             raise InvariantError(f"copies are on their way of {sorted(self._copies)}, blocks know of others")
-        counted = (self._num_evictable, self._num_clean, self._num_host_evictable)
-        found = tuple(
-            int(np.count_nonzero(may_go(blocks, named, way, self.settled)))
-            for way in (Way.OFF_DEVICE, Way.OFF_DEVICE_AT_NO_COST, Way.OFF_HOST)
-        )
-        if counted != found:
-            raise InvariantError(f"evictable, clean, evictable from host: counted {counted}, found {found}")
+        self.idle.check(named)
 
     # -- private
 
     def _lowest(self, way: Way, now: float) -> Iterator[tuple[float, int, int]]:
-        return self._ranking.lowest(way, now, self.settled, self._num_that_may_go(way))
-
-    def _num_that_may_go(self, way: Way) -> int:
-        return {
-            Way.OFF_DEVICE: self._num_evictable,
-            Way.OFF_DEVICE_AT_NO_COST: self._num_clean,
-            Way.TO_HOST: self._num_evictable - self._num_clean,
-            Way.OFF_HOST: self._num_host_evictable,
-        }[way]
+        return self._ranking.lowest(way, now, self.idle.settled, self.idle.num_that_may_go(way))
 
     def _make_room(self, now: float) -> bool:
         """Empty a few device slots: clean ones as long as there are any, else those of the least
         valuable blocks, which go to the host if it takes them.
         """
-        way = Way.OFF_DEVICE_AT_NO_COST if self._num_clean else Way.OFF_DEVICE
-        left = min(MADE_ROOM_FOR, self._num_clean or self._num_evictable)
+        way = Way.OFF_DEVICE_AT_NO_COST if self.idle.num_clean else Way.OFF_DEVICE
+        left = min(MADE_ROOM_FOR, self.idle.num_clean or self.idle.num_evictable)
         if not left:
             return False
         for value, block, row in self._lowest(way, now):
@@ -386,7 +336,7 @@ class Tiers:
 
     def _pin(self, block: int) -> None:
         """The next step touches the block."""
-        self.count_one(block, -1)
+        self.idle.count_one(block, -1)
         self._blocks.last_step[block] = self._launched + 1
 
     def _begin(self, block: int, num_tokens: int, move: BlockMove, copying: int) -> None:
@@ -432,20 +382,20 @@ class Tiers:
         slot = blocks.slot.item(block)
         if slot == NO_SLOT:
             return
-        self.count_one(block, -1)
+        self.idle.count_one(block, -1)
         self.device.give_back(slot)
         blocks.slot[block] = NO_SLOT
         blocks.num_valid[block] = blocks.num_scheduled[block] = 0
         blocks.generation[block] += 1
-        self.count_one(block, +1)
+        self.idle.count_one(block, +1)
 
     def _free_host_slot(self, block: int) -> None:
         if self._blocks.host_slot.item(block) == NO_SLOT:
             return
-        self.count_one(block, -1)
+        self.idle.count_one(block, -1)
         self._blocks.host_valid[block] = 0
         self._give_back_host_slot(block)
-        self.count_one(block, +1)
+        self.idle.count_one(block, +1)
 
     def _give_back_host_slot(self, block: int) -> None:
         """Of a block that nothing counts now."""

@@ -256,7 +256,9 @@ class Histories(RuleBasedStateMachine):
         for conversation in self.conversations:
             if conversation.turn is None or conversation.turn.state is TurnState.WAITING:
                 blocks, ids = self.manager.blocks, conversation.table.blocks
-                others = (blocks.num_active[ids] > 0) | (blocks.last_step[ids] > self.manager.tiers.settled)
+                others = (blocks.num_active[ids] > 0) | (
+                    blocks.last_step[ids] > self.manager.tiers.idle.settled
+                )
                 assert (
                     others | may_go(blocks, ids, Way.OFF_DEVICE, 1 << 60) | (blocks.slot[ids] == -1)
                 ).all()

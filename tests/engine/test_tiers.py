@@ -165,7 +165,7 @@ def test_stores_wait_for_loads_unless_next_to_nothing_is_free() -> None:
     tiers.begin(first, [8])
     while not (step := tiers.step()) or not step.plan.loads:
         pass
-    free = tiers.manager.pool.num_free + tiers.manager.tiers.num_clean
+    free = tiers.manager.pool.num_free + tiers.manager.tiers.idle.num_clean
     ahead = [
         copy for copy in step.copies if not copy.is_load and tiers.manager.blocks.slot[copy.block] != NO_SLOT
     ]
