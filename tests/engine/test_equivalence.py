@@ -5,83 +5,24 @@ computed again in chunks, cancelled halfway), their token ids are those of a fre
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from engine.cache.block_pool import BlockPool
-from engine.cache.costs import CostTable
-from engine.cache.kv_store import HostStore, KVStore
-from engine.cache.manager import KVCacheManager
-from engine.cache.policy import retention
-from engine.cache.transfer import SyncTransfer
 from engine.conversation import Conversation, Turn
-from engine.core import EngineCore
-from engine.model_runner import ModelRunner
-from engine.models import load_model
 from engine.models.decoder import Decoder
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler, Step
-from engine.types import ConversationId, FinishReason, SamplingParams, Tenant, TurnId
-from kernels import dispatch
-from kernels.native.build import BuildError
-from tests.fakes import FakeClock
-from tools import random_model
+from engine.scheduler import Step
+from engine.types import FinishReason, SamplingParams, TurnId
+from tests.engine.tiny_model import BLOCK_SIZE, Engine
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-}
-BLOCK_SIZE = 16
 TINY_POOL, BIG_POOL = 11, 64  # blocks; four conversations of up to nine never fit the tiny one together
-COSTS = CostTable({16: 1.0, 256: 2.0}, load_s=0.1)
+CONTEXT = TINY_POOL - 2
 SYSTEM = list(range(100, 100 + 2 * BLOCK_SIZE + 5))  # every conversation begins with it
-
-
-class Engine:
-    """A core over a real decoder."""
-
-    def __init__(
-        self, decoder: Decoder, num_blocks: int, max_step_tokens: int, num_host_blocks: int = 0
-    ) -> None:
-        c = decoder.config
-        self.store = KVStore(c.num_layers, num_blocks, c.num_kv_heads, BLOCK_SIZE, c.head_dim, torch.float32)
-        self.store.slab.fill_(torch.nan)  # nothing may attend to what nobody wrote
-        runner = ModelRunner(decoder, self.store, Sampler(c.vocab_size, frozenset()), BLOCK_SIZE)
-        host = BlockPool(num_host_blocks)
-        self.manager = KVCacheManager(BlockPool(num_blocks), BLOCK_SIZE, retention(COSTS), host, COSTS)
-        self.transfer = None
-        if num_host_blocks:
-            self.host = HostStore(self.store, num_host_blocks)
-            self.host.slab.fill_(torch.nan)
-            self.transfer = SyncTransfer(self.store, self.host, verify=True)
-        self.clock = FakeClock()
-        scheduler = Scheduler(self.manager, max_step_tokens, max_concurrent=3)
-        context = (TINY_POOL - 2) * BLOCK_SIZE
-        self.core = EngineCore(
-            self.manager, scheduler, runner, self.clock, frozenset(), context, self.transfer
-        )
-
-    def open(self, history: Sequence[int]) -> Conversation:
-        return self.core.new_conversation(ConversationId("c"), Tenant("a"), history)
 
 
 def stateless_reply(decoder: Decoder, history: Sequence[int], like: Turn) -> list[int]:
     """A fresh engine with room for everything computes the history at once, then the reply."""
-    engine = Engine(decoder, BIG_POOL, max_step_tokens=len(history))
+    engine = Engine(decoder, BIG_POOL, max_step_tokens=len(history), context_blocks=CONTEXT)
     turn = engine.core.begin(engine.open(()), TurnId("t"), history, like.sampling, like.seed)
     while turn.finish_reason is None:
         engine.core.step()
@@ -95,7 +36,7 @@ class Histories:
         self, decoder: Decoder, run_ahead: int, disturb: Callable[[Engine], None], num_host_blocks: int = 0
     ) -> None:
         self.decoder, self.run_ahead, self.disturb = decoder, run_ahead, disturb
-        self.engine = Engine(decoder, TINY_POOL, max_step_tokens=24, num_host_blocks=num_host_blocks)
+        self.engine = Engine(decoder, TINY_POOL, 24, num_host_blocks, context_blocks=CONTEXT)
         self.random = random.Random(5)
         self.launched: deque[Step] = deque()
         self.histories: dict[Turn, list[int]] = {}  # at the beginning of the turn, its prompt included
@@ -169,24 +110,6 @@ class Histories:
         assert turn.reply_ids == expected, "differs from a fresh run"
         self.engine.core.confirm(turn)
         self.num_compared += 1
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    with pytest.MonkeyPatch.context() as patch:  # weights so large that attention decides what is said
-        patch.setattr(random_model, "_SPREAD", 0.3)
-        random_model.write_random_model(folder, CONFIG, torch.float32)
-    return folder
-
-
-@pytest.fixture(params=["native", "torch"])
-def decoder(request: pytest.FixtureRequest, folder: Path) -> Any:
-    try:
-        with dispatch.use(request.param):
-            yield load_model(folder, torch.float32)
-    except BuildError as error:
-        pytest.skip(f"the native kernels cannot be built here: {error}")
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
