@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.conversation import Conversation, Turn
 from engine.core import TokenEvent
@@ -18,7 +18,7 @@ from engine.simulation.step_costs import cost_table
 from engine.simulation.timed import TimedRunner, TimedTransfer
 from engine.simulation.timeline import timeline_of
 from engine.simulation.virtual_time import Agenda
-from engine.types import ConversationId, SamplingParams, Tenant, TurnId
+from engine.types import ConversationId, SamplingParams, Tenant, TurnId, Usage
 from tools.bench.driver import FILLING, People
 from tools.bench.population import Member
 from tools.measure import percentile
@@ -45,6 +45,16 @@ class _Client:
     begun_s: float = 0.0
 
 
+class _Done(NamedTuple):
+    """What is kept of a turn; times are virtual."""
+
+    ended_s: float
+    ttft_s: float
+    e2e_s: float
+    reply_tokens: int
+    usage: Usage
+
+
 class SimulatedLoad:
     """One point of a sweep.  `run` may be called once."""
 
@@ -60,7 +70,7 @@ class SimulatedLoad:
             self._core, timeline_of(costs, sizes.block_size), self._agenda, sizes.run_ahead, self._on_step
         )
         self._by_row: dict[int, _Client] = {}  # whose turn is in flight
-        self._done: list[tuple[float, Turn]] = []
+        self._done: list[_Done] = []
         self._num_sent = 0
         self._fill_next: Callable[[], None] | None = None  # while histories are computed
 
@@ -152,7 +162,9 @@ class SimulatedLoad:
         if self._fill_next is not None:
             self._fill_next()
             return
-        self._done.append((now, turn))
+        assert turn.usage is not None and turn.first_token_s is not None
+        ttft_s, e2e_s = turn.first_token_s - turn.arrived_s, now - turn.arrived_s
+        self._done.append(_Done(now, ttft_s, e2e_s, turn.num_generated, turn.usage))
         client.turn += 1
         exchanges = client.member.script.exchanges
         if client.turn < len(exchanges):
@@ -167,27 +179,24 @@ class SimulatedLoad:
     # -- figures
 
     def _figures(self, since_s: float, duration_s: float) -> dict[str, Any]:
-        ended = [(at, turn) for at, turn in self._done if since_s <= at]
-        usages = [turn.usage for _, turn in ended if turn.usage is not None]
-        history = sum(usage.prompt_tokens - usage.new_tokens for usage in usages)
+        ended = [done for done in self._done if since_s <= done.ended_s]
+        history = sum(done.usage.prompt_tokens - done.usage.new_tokens for done in ended)
         sources = {
-            name: sum(getattr(usage, f"{name}_tokens") for usage in usages)
+            name: sum(getattr(done.usage, f"{name}_tokens") for done in ended)
             for name in ("cached_device", "cached_host", "recomputed")
         }
-        ttft_ms = [1000 * (turn.first_token_s - turn.arrived_s) for _, turn in ended if turn.first_token_s]
-        normalised_ms = [1000 * (at - turn.arrived_s) / turn.num_generated for at, turn in ended]
         statistics = self._core.manager.statistics()
         return {
             "turns": len(ended),
             "turns_per_s": len(ended) / duration_s,
             "due_turns_per_s": self._num_sent / duration_s,
             "unfinished_turns": len(self._by_row),
-            "output_tokens_per_s": sum(turn.num_generated for _, turn in ended) / duration_s,
+            "output_tokens_per_s": sum(done.reply_tokens for done in ended) / duration_s,
             "history_tokens": history,
             "recomputed_tokens": sources["recomputed"],
             **{f"{name}_share": value / history if history else None for name, value in sources.items()},
-            **_spread("ttft_ms", ttft_ms),
-            **_spread("normalised_ms", normalised_ms),
+            **_spread("ttft_ms", [1000 * done.ttft_s for done in ended]),
+            **_spread("normalised_ms", [1000 * done.e2e_s / done.reply_tokens for done in ended]),
             "stored_blocks": statistics.num_stored,
             "loaded_blocks": statistics.num_loaded,
         }
