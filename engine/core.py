@@ -263,7 +263,7 @@ class EngineCore:
         if self._launched[0] is not step:
             raise InvariantError(f"step {step.plan.number} is applied out of turn")
         failed, number = result.failed_moves, step.plan.number
-        if step.plan.segments and any(copy.is_load and copy.move in failed for copy in step.copies):
+        if self.manager.is_pipelined and any(copy.is_load and copy.move in failed for copy in step.copies):
             self._void_launched()
         self._launched.popleft()
         is_void = number <= self._void_through

@@ -260,10 +260,16 @@ class Scheduler:
                 self._short = turn
                 break
         if not runs:
-            if more.out_of_slots or more.waits or turn.num_pending:
+            if (
+                more.out_of_slots
+                or more.waits
+                or turn.num_pending
+                or self.manager.is_loading(conversation.table)
+            ):
                 return
             # Blocks of other conversations hold all of it, and yet nobody has this turn's next token: the
-            # last position is computed once more, which writes what is there already.
+            # last position is computed once more, which writes what is there already - unless it attended to
+            # a load that fails, so not before all of them have ended.
             runs = [Run(end - 1, 1)]
             parts.num_tokens += 1
         parts.runs[turn] = runs

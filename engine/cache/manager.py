@@ -85,6 +85,7 @@ class KVCacheManager:
         pipelined: bool = False,
     ) -> None:
         self.block_size = block_size
+        self.is_pipelined = pipelined
         self.blocks = Blocks()
         self._tables = BlockTables(len(Way))
         self._index = BlockIndex(self.blocks)
@@ -210,6 +211,10 @@ class KVCacheManager:
         self.tiers.idle.count(ids, +1)
         table.fetched = ()
         self.tiers.became_idle(table)
+
+    def is_loading(self, table: BlockTable) -> bool:
+        """Some of it is on its way from the host."""
+        return bool((self.blocks.copying[table.blocks] == LOADING).any())
 
     def num_missing(self, table: BlockTable, num_tokens: int) -> int:
         """Slots that `table` lacks to hold `num_tokens`."""

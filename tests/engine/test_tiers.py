@@ -8,88 +8,13 @@ import pytest
 
 from engine.batch import StepResult
 from engine.cache.block import NO_SLOT, Residency
-from engine.cache.block_pool import BlockPool
 from engine.cache.costs import CostTable, reload_is_cheaper
-from engine.cache.manager import KVCacheManager
 from engine.cache.policy import Policy, lru, lru_tail, retention
-from engine.conversation import Conversation, Turn, TurnState
-from engine.core import EngineCore
+from engine.conversation import TurnState
 from engine.errors import InvariantError
-from engine.scheduler import Scheduler, Step
-from engine.types import ConversationId, FinishReason, SamplingParams, Tenant, TurnId, Usage
-from tests.fakes import FakeClock, FakeRunner, FakeTransfer, stateless_reply
-
-SIZE = 4
-COSTS = CostTable({SIZE: 1.0, 64: 5.0}, load_s=0.1)
-
-
-class TwoTiers:
-    """A core over blocks of 4 tokens; turns run to their end, one after the other."""
-
-    def __init__(
-        self,
-        num_slots: int = 16,
-        num_host_slots: int = 16,
-        policy: Policy = lru,
-        costs: CostTable | None = COSTS,
-        max_step_tokens: int = 64,
-        pipelined: bool = True,
-    ) -> None:
-        self.clock = FakeClock()
-        self.runner = FakeRunner(num_slots, SIZE)
-        self.transfer = FakeTransfer(self.runner, num_host_slots)
-        host = BlockPool(num_host_slots)
-        self.manager = KVCacheManager(BlockPool(num_slots), SIZE, policy, host, costs, pipelined=pipelined)
-        scheduler = Scheduler(self.manager, max_step_tokens, 4)
-        context = num_slots * SIZE
-        self.core = EngineCore(
-            self.manager, scheduler, self.runner, self.clock, frozenset(), context, self.transfer
-        )
-
-    def open(self) -> Conversation:
-        return self.core.new_conversation(ConversationId("c"), Tenant("a"))
-
-    def begin(self, conversation: Conversation, prompt: list[int], num_new: int = 1) -> Turn:
-        return self.core.begin(conversation, TurnId("t"), prompt, SamplingParams(max_tokens=num_new), seed=0)
-
-    def say(self, conversation: Conversation, prompt: list[int], num_new: int = 1) -> Usage:
-        """A turn to its end, and whatever is stored thereafter; its reply is a fresh run's."""
-        history = [*conversation.tokens, *prompt]
-        turn = self.begin(conversation, prompt, num_new)
-        for _ in range(300):
-            if self.step() is None and turn.state is TurnState.FINISHED:
-                assert turn.reply_ids == stateless_reply(history, num_new, frozenset())
-                assert turn.usage is not None
-                return turn.usage
-        raise AssertionError(f"the turn never ends: {turn}")
-
-    def step(self) -> Step | None:
-        self.clock.now += 1.0
-        step = self.core.plan()
-        if step is not None:
-            self.core.apply(step, self.core.execute(step))
-            self.manager.check()
-        return step
-
-    def fill(self, token: int) -> Conversation:
-        """A conversation that takes up the whole device tier."""
-        conversation = self.open()
-        self.say(conversation, [token] * ((self.manager.pool.num_slots - 1) * SIZE), num_new=2)
-        return conversation
-
-    def tell(self, first_token: int, num_blocks: int) -> Conversation:
-        """A conversation that holds so many full blocks."""
-        conversation = self.open()
-        self.say(conversation, [first_token] * (num_blocks * SIZE))
-        return conversation
-
-    def states(self, conversation: Conversation) -> list[str]:
-        return [residency.value for residency in self.manager.residency(conversation.table)]
-
-    def host_valid(self, conversation: Conversation) -> list[int]:
-        """Tokens on the host, of each block."""
-        return self.manager.blocks.host_valid[conversation.table.blocks].tolist()
-
+from engine.types import FinishReason, SamplingParams, TurnId
+from tests.engine.two_tiers import COSTS, SIZE, TwoTiers
+from tests.fakes import stateless_reply
 
 # -- costs and policies
 
@@ -294,6 +219,54 @@ def test_a_failed_load_is_computed_again_and_told() -> None:
     assert usage is not None
     assert (usage.cached_host_tokens, usage.recomputed_tokens) == (6 * SIZE, 2 * SIZE)
     assert tiers.manager.statistics().num_failed_copies == 2
+
+
+def test_nothing_is_computed_once_more_from_what_is_still_being_loaded() -> None:
+    """The last position is written over by a turn that repeats it: not from garbage."""
+    tiers = TwoTiers(num_slots=8, num_host_slots=40)
+    first = tiers.tell(1, 2)
+    tiers.fill(2)
+    tiers.core.rewind(first, first.tokens[: 2 * SIZE])
+    tiers.transfer.num_to_fail = 1
+    last = 2 * SIZE - 1
+    sampling = SamplingParams(max_tokens=3)
+    turn = tiers.core.begin(first, TurnId("t"), [first.tokens[last]], sampling, seed=0, first_token=last)
+    tiers.step()
+    tiers.core.finish(turn, FinishReason.CANCELLED, None)
+    tiers.say(first, [9])
+
+
+def test_an_early_load_keeps_what_it_loads_on_the_host() -> None:
+    tiers = TwoTiers(num_slots=8, num_host_slots=7)
+    waiting = tiers.tell(1, 6)
+    tiers.fill(2)
+    assert tiers.states(waiting).count("host") > 1
+    tiers.core.scheduler.max_concurrent = 0
+    tiers.begin(waiting, [9])
+    while (step := tiers.step()) is not None:
+        assert all(min(move) >= 0 for move in step.plan.loads)
+
+
+def test_a_step_planned_upon_a_load_that_fails_counts_for_nothing() -> None:
+    """The load belongs to a step that only copies, and the next one is launched before that is known."""
+    tiers = TwoTiers(num_slots=12, num_host_slots=40)
+    first = tiers.tell(1, 8)
+    tiers.fill(2)
+    tiers.core.scheduler.max_concurrent = 0
+    turn = tiers.begin(first, [9], num_new=2)
+    loading = tiers.core.plan()
+    assert loading is not None and loading.plan.loads and not loading.plan.segments
+    tiers.core.scheduler.max_concurrent = 4
+    computing = tiers.core.plan()
+    assert computing is not None and computing.plan.segments
+    tiers.transfer.num_to_fail = 1
+    for step in (loading, computing):
+        assert tiers.core.apply(step, tiers.core.execute(step)) == []
+    while turn.state is not TurnState.FINISHED:
+        tiers.step()
+    assert turn.reply_ids == stateless_reply(
+        [*[1] * (8 * SIZE), *first.tokens[8 * SIZE : -2]], 2, frozenset()
+    )
 
 
 def test_a_store_that_fails_ahead_of_time_loses_nothing() -> None:
