@@ -14,7 +14,7 @@ from engine.conversation import TurnState
 from engine.errors import InvariantError
 from engine.types import FinishReason, SamplingParams, TurnId
 from tests.engine.two_tiers import COSTS, SIZE, TwoTiers
-from tests.fakes import stateless_reply
+from tests.fakes import GARBAGE, stateless_reply
 
 # -- costs and policies
 
@@ -259,9 +259,10 @@ def test_a_step_planned_upon_a_load_that_fails_counts_for_nothing() -> None:
     tiers.core.scheduler.max_concurrent = 4
     computing = tiers.core.plan()
     assert computing is not None and computing.plan.segments
-    tiers.transfer.num_to_fail = 1
-    for step in (loading, computing):
-        assert tiers.core.apply(step, tiers.core.execute(step)) == []
+    result, failed = tiers.core.execute(loading), loading.plan.loads[0]
+    tiers.runner.kv[failed.device_slot] = GARBAGE
+    assert tiers.core.apply(loading, replace(result, failed_moves=frozenset([failed]))) == []
+    assert tiers.core.apply(computing, tiers.core.execute(computing)) == []
     while turn.state is not TurnState.FINISHED:
         tiers.step()
     assert turn.reply_ids == stateless_reply(
