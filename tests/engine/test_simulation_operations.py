@@ -125,7 +125,7 @@ def failure(settings: OperationSettings) -> str:
 def test_a_copy_that_fails_silently_is_noticed_and_the_failure_says_how_to_show_it_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine.simulation.random_operations.ContentTransfer", LyingTransfer)
+    monkeypatch.setattr("engine.simulation.checked_server.ContentTransfer", LyingTransfer)
     settings = OperationSettings(seed=1, operations=2000)
     message = failure(settings)
     assert "a stateless run" in message and settings.command in message
