@@ -89,7 +89,11 @@ def _curves(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
         seed=chosen.seed,
         trace=chosen.trace,
     )
-    points = list(sweep.points(profile))
+    points = []
+    for point in sweep.points(profile):
+        points.append(point)
+        told = f"{point['configuration']} at {point['rate'] or 'recorded'} turns/s"
+        print(f"{told}: simulated in {point['figures']['wall_s']:.0f} s", file=sys.stderr)
     what = sweep.trace.name if sweep.trace else f"{sweep.lengths}, think time {sweep.think_s:g} s"
     print(f"{profile.name}, {what}\n\n{curve_table(points)}\n")
     return {
