@@ -90,11 +90,12 @@ class TwoTiers:
         return self.manager.blocks.host_valid[conversation.table.blocks].tolist()
 
     def bring_to_host(self, conversation: Conversation, at: Iterable[int] | None = None) -> None:
-        """Copies those of an idle conversation's blocks, all of them by default, and frees their device
+        """Copies those of an idle conversation's blocks, all that hold KV by default, and frees their device
         slots.
         """
         tiers, table = self.manager.tiers, conversation.table
-        for i in range(len(table)) if at is None else at:
+        held = (i for i, block in enumerate(table.blocks) if self.manager.blocks.num_valid[block])
+        for i in list(held) if at is None else at:
             assert tiers._begin_store(table[i], table.row, float("inf"), self.clock.now, leaves=True)
         self.step()
 

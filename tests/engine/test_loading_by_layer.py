@@ -1,0 +1,158 @@
+"""What a step loads arrives layer by layer while it computes, and no layer starts before its part is there
+(Pensieve, 4.3.3): on a real decoder, whose device slots hold NaN until they are loaded.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from engine.batch import StepPlan, StepResult
+from engine.cache.block import BlockMove
+from engine.cache.kv_store import KVStore
+from engine.cache.transfer import Loading, TransferEngine
+from engine.conversation import Conversation, TurnState
+from engine.core import Runner
+from engine.models.decoder import Decoder
+from engine.types import SamplingParams, TurnId
+from tests.engine.tiny_model import BLOCK_SIZE, CONFIG, Engine
+from tests.engine.two_tiers import SIZE, TwoTiers
+from tests.fakes import FakeRunner
+
+NUM_LAYERS: int = CONFIG["num_hidden_layers"]
+PROMPT = [(n * n * 7 + n) % 300 for n in range(3 * BLOCK_SIZE)]
+NEW = [11, 250, 3]
+
+
+class WatchedLoading:
+    """Notes which layers are there when one is waited for: those before it."""
+
+    def __init__(self, loading: Loading, store: KVStore, moves: Sequence[BlockMove]) -> None:
+        self._loading, self._store = loading, store
+        self._slots = [move.device_slot for move in moves]
+        self.layers_there: list[list[int]] = []
+
+    @property
+    def seconds(self) -> float:
+        return self._loading.seconds
+
+    def wait_for(self, layer: int) -> None:
+        self.layers_there.append([i for i in range(NUM_LAYERS) if self._is_there(i)])
+        self._loading.wait_for(layer)
+        assert self._is_there(layer)
+
+    def _is_there(self, layer: int) -> bool:
+        """Of every block at least the first token: the last may be partial."""
+        return not self._store.layers[layer][self._slots, ..., 0, :].isnan().any()
+
+    def finish(self) -> frozenset[BlockMove]:
+        return self._loading.finish()
+
+
+class WatchedTransfer:
+    """Fills the slots of a load with NaN first."""
+
+    def __init__(self, transfer: TransferEngine, store: KVStore) -> None:
+        self._transfer, self._store = transfer, store
+        self.loadings: list[WatchedLoading] = []
+
+    def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+        return self._transfer.store(moves)
+
+    def load(self, moves: Sequence[BlockMove]) -> WatchedLoading:
+        self._store.slab[:, [move.device_slot for move in moves]] = torch.nan
+        loading = WatchedLoading(self._transfer.load(moves), self._store, moves)
+        if moves:
+            self.loadings.append(loading)
+        return loading
+
+
+class HastyRunner:
+    """Waits for nothing."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:
+        return self._runner.run(plan)
+
+
+def reply(engine: Engine, conversation: Conversation, prompt: Sequence[int]) -> list[int]:
+    sampling = SamplingParams(temperature=0.0, max_tokens=8)
+    turn = engine.core.begin(conversation, TurnId("t"), prompt, sampling, seed=0)
+    while turn.state is not TurnState.FINISHED:
+        engine.clock.now += 1.0
+        engine.core.step()
+    return turn.reply_ids
+
+
+def come_back(decoder: Decoder, watch: Callable[[Engine], None]) -> tuple[list[int], Engine]:
+    """A conversation whose every block is on the host says something."""
+    engine = Engine(decoder, 12, max_step_tokens=100, num_host_blocks=12, pipelined=True)
+    conversation = engine.open(())
+    reply(engine, conversation, PROMPT)
+    table = conversation.table
+    for block in table.blocks.tolist():
+        engine.manager.tiers._begin_store(block, table.row, 1e9, engine.clock.now, leaves=True)
+    engine.core.step()
+    watch(engine)
+    return reply(engine, conversation, NEW), engine
+
+
+def fresh_reply(decoder: Decoder) -> list[int]:
+    """The same conversation, with nothing ever moved."""
+    engine = Engine(decoder, 12, max_step_tokens=100)
+    conversation = engine.open(())
+    reply(engine, conversation, PROMPT)
+    return reply(engine, conversation, NEW)
+
+
+def test_every_layer_waits_for_its_part_while_later_parts_are_still_on_their_way(decoder: Decoder) -> None:
+    transfers: list[WatchedTransfer] = []
+
+    def watch(engine: Engine) -> None:
+        assert engine.transfer is not None
+        transfers.append(WatchedTransfer(engine.transfer, engine.store))
+        engine.core._transfer = transfers[0]
+
+    replied, engine = come_back(decoder, watch)
+    assert engine.manager.statistics().num_loaded == 4
+    ((loading,),) = (transfer.loadings for transfer in transfers)
+    assert loading.layers_there == [list(range(layer)) for layer in range(NUM_LAYERS)]
+    assert replied == fresh_reply(decoder)
+
+
+def test_a_layer_that_does_not_wait_is_noticed(decoder: Decoder) -> None:
+    def hurry(engine: Engine) -> None:
+        assert engine.transfer is not None
+        engine.core._transfer = WatchedTransfer(engine.transfer, engine.store)
+        engine.core._runner = HastyRunner(engine.core._runner)
+
+    replied, _ = come_back(decoder, hurry)
+    assert replied != fresh_reply(decoder)
+
+
+def test_the_fake_model_waits_before_it_reads_and_notices_if_it_does_not() -> None:
+    waited: list[int] = []
+
+    class WaitingRunner(FakeRunner):
+        def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:
+            def noted(layer: int) -> None:
+                waited.append(layer)
+                assert wait_for is not None
+                wait_for(layer)
+
+            return super().run(plan, noted if wait_for is not None else None)
+
+    tiers = TwoTiers()
+    runner = WaitingRunner(16, SIZE)
+    runner.kv = tiers.runner.kv
+    tiers.core._runner = runner
+    conversation = tiers.tell(1, 5)
+    tiers.bring_to_host(conversation)
+    assert tiers.say(conversation, [9]).cached_host_tokens == 5 * SIZE
+    assert waited == [0], "once, in the step that loads"
+    tiers.bring_to_host(conversation)
+    tiers.core._runner = HastyRunner(runner)
+    with pytest.raises(AssertionError, match="attended before anything was written"):
+        tiers.say(conversation, [8])
