@@ -169,6 +169,7 @@ class KVCacheManager:
 
     def expect(self, table: BlockTable, now: float) -> None:
         """A turn was accepted: until it runs nothing is worth more than its blocks."""
+        table.fetched = ()  # for one that was cancelled while it waited
         self._tables.last_active[table.row] = now
         self.blocks.last_used[table.blocks] = now
         self.tiers.became_idle(table)

@@ -1,13 +1,13 @@
-"""Pensieve's rules of how turns come back, run together and give way, one by one, on a core with the fake model
-and tiny tiers.  Section numbers are the paper's.  What is kept is in test_pensieve.py; that a layer waits for
-its part of a load, in test_loading_by_layer.py.
+"""Pensieve's rules of how turns come back, run together and give way, one by one, on a core with the fake
+model and tiny tiers.  Section numbers are the paper's.  What is kept is in test_pensieve.py; that a layer
+waits for its part of a load, in test_loading_by_layer.py.
 """
 
 import pytest
 
 from engine.cache.costs import CostTable
 from engine.conversation import Turn, TurnState
-from engine.types import RunState
+from engine.types import FinishReason, RunState
 from tests.engine.two_tiers import SIZE, TwoTiers
 from tests.fakes import stateless_reply
 
@@ -186,3 +186,19 @@ def test_another_conversation_brings_a_block_back_for_all_wherever_the_holes_are
     computed = tiers.runner.num_computed
     usage = tiers.say(one, [4])
     assert usage.cached_device_tokens == 8 * SIZE + 1 and tiers.runner.num_computed - computed == 2
+
+
+def test_what_was_loaded_for_a_turn_that_was_cancelled_is_on_the_device_for_the_next() -> None:
+    tiers = TwoTiers(num_slots=40, num_host_slots=40, max_concurrent=1)
+    first = tiers.tell(1, 6)
+    tiers.bring_to_host(first)
+    runs = tiers.begin(tiers.open(), [3] * 10, num_new=12)
+    tiers.step()
+    waits = tiers.begin(first, [8])
+    while "host" in tiers.states(first):
+        tiers.step()
+    assert waits.state is TurnState.WAITING
+    tiers.core.finish(waits, FinishReason.CANCELLED, None)
+    tiers.settle(runs)
+    usage = tiers.say(first, [9])
+    assert (usage.cached_device_tokens, usage.cached_host_tokens) == (6 * SIZE, 0)
