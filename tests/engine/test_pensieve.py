@@ -32,12 +32,12 @@ def order_of(tiers: TwoTiers, way: Way) -> list[tuple[float, int]]:
 
 
 def conversations_of_all_ages(tiers: TwoTiers, num: int) -> list[Conversation]:
-    """With full blocks only, the first two shared by every third of them."""
+    """With full blocks only, the first five shared by every third of them."""
     draw, made = random.Random(3), []
     for n in range(num):
         prompt = [n + 1] * (draw.randrange(2, 9) * SIZE)
         if n % 3 == 0:
-            prompt[: 2 * SIZE] = [90] * (2 * SIZE)
+            prompt = [90] * (5 * SIZE) + prompt
         conversation = tiers.open()
         tiers.say(conversation, prompt)
         made.append(conversation)
@@ -86,7 +86,7 @@ def test_inside_a_conversation_blocks_leave_from_the_front_to_the_back() -> None
     place = {block: at for at, (_, block) in enumerate(order_of(tiers, Way.TO_HOST))}
     num_seen = 0
     for n, conversation in enumerate(made):
-        own = conversation.table.blocks.tolist()[2 if n % 3 == 0 else 0 :]
+        own = conversation.table.blocks.tolist()[5 if n % 3 == 0 else 0 :]
         places = [place[block] for block in own if block in place]
         assert places == sorted(places)
         num_seen += len(places)
