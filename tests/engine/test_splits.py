@@ -23,23 +23,10 @@ NUM_REPLIED = 4  # KV of all but the last: four full blocks and 7 tokens
 NEW, NEW_TO_FORK = [11, 250, 3], [90, 4]
 NUM_NEW = 6
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, logprobs=5)
-PLACES = {"d": Residency.DROPPED, "h": Residency.HOST, "g": Residency.DEVICE}
+PLACES = {"d": Residency.DROPPED, "h": Residency.HOST, "g": Residency.DEVICE, "b": Residency.BOTH}
 
-SOME = [
-    "ggggg",
-    "hhhhh",
-    "ddddd",
-    "dhgdh",
-    "ddhhg",
-    "hgdhg",
-    "gdgdg",
-    "hdhdh",
-    "gghhd",
-    "dgggg",
-    "ggggh",
-    "hhddg",
-]
-EVERY = ["".join(split) for split in product(PLACES, repeat=5)]
+SOME = "ggggg hhhhh ddddd bbbbb dhgdh ddhhg hgdhg gdgdg hdhdh gghhd dgggg ggggh hhddg dbhgb".split()
+EVERY = ["".join(split) for split in product("dhg", repeat=5)]
 
 Said = list[tuple[int, TokenLogprobs]]
 
@@ -70,8 +57,9 @@ class History:
         manager, table = self.engine.manager, self.conversation.table
         tiers = manager.tiers
         for place, block in zip(split, table.blocks.tolist(), strict=False):
-            if place == "h":
-                assert tiers._begin_store(block, table.row, 1e9, self.engine.clock.now, leaves=True)
+            if place in "hb":
+                now, leaves = self.engine.clock.now, place == "h"
+                assert tiers._begin_store(block, table.row, 1e9, now, leaves)
         self.settle()
         for place, block in zip(split, table.blocks.tolist(), strict=False):
             if place == "d":
@@ -186,7 +174,7 @@ def check_usage(turns: Sequence[Turn], history: History, split: str) -> None:
     assert usage is not None
     if len(turns) == 1:  # else the fork has brought back what they share
         found = (usage.cached_device_tokens, usage.cached_host_tokens, usage.recomputed_tokens)
-        assert found == (held["g"], held["h"], held["d"]), split
+        assert found == (held["g"] + held["b"], held["h"], held["d"]), split
 
 
 HOW = pytest.mark.parametrize("how", ["run to the end", "suspended in the middle", "forked first"])
