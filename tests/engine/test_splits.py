@@ -40,6 +40,8 @@ class History:
         self.split, self.run_ahead = split, run_ahead
         self.launched: deque[Step] = deque()
         self.said: dict[Turn, Said] = {}
+        self.num_computed = 0  # positions
+        self.was_suspended = False
         self.conversation = self.engine.open(())
         self.run(self.begin(self.conversation, PROMPT, SamplingParams(max_tokens=NUM_REPLIED)))
         self.num_held = len(self.conversation.tokens) - 1
@@ -93,6 +95,7 @@ class History:
         if not self.launched:
             return False
         step = self.launched.popleft()
+        self.num_computed += step.plan.num_tokens
         for event in core.apply(step, core.execute(step)):
             self.note(event)
         self.engine.manager.check()
@@ -111,6 +114,7 @@ class History:
         while turn.num_generated < NUM_NEW // 2:
             self.step()
         self.engine.core.scheduler._suspend(turn, self.engine.clock.now)
+        self.was_suspended = True
         while self.launched:
             self.step(plans=False)
         assert turn.state is TurnState.WAITING and turn.num_generated < NUM_NEW
@@ -149,6 +153,7 @@ def check_splits(splits: Sequence[str], decoder: Decoder, how: str, run_ahead: i
         if not expected:
             expected = {"": fresh(decoder, [*tokens, *NEW]), "fork": fresh(decoder, [*tokens, *NEW_TO_FORK])}
         history.put(split)
+        history.num_computed = 0
         if how == "forked first":
             fork = history.engine.open(tokens)
             turns = [history.begin(fork, NEW_TO_FORK), history.begin(history.conversation, NEW)]
@@ -175,6 +180,9 @@ def check_usage(turns: Sequence[Turn], history: History, split: str) -> None:
     if len(turns) == 1:  # else the fork has brought back what they share
         found = (usage.cached_device_tokens, usage.cached_host_tokens, usage.recomputed_tokens)
         assert found == (held["g"] + held["b"], held["h"], held["d"]), split
+        num_new = 1 + len(NEW) + NUM_NEW - 1  # the reply before, the prompt, and all of the reply but its end
+        if not history.was_suspended:
+            assert history.num_computed == held["d"] + num_new, split
 
 
 HOW = pytest.mark.parametrize("how", ["run to the end", "suspended in the middle", "forked first"])
