@@ -268,6 +268,17 @@ class KVCacheManager:
         exact (Pensieve, section 4.3.4).
         """
         size, blocks = self.block_size, self.blocks
+        if table.cursor == len(table) - 1 and num_tokens - table.cursor * size <= size:
+            block = table[table.cursor]
+            scheduled, end = blocks.num_scheduled.item(block), num_tokens - table.cursor * size
+            if (
+                0 < scheduled < end <= scheduled + budget
+            ):  # a turn that decodes, mostly: nothing else is missing
+                blocks.num_scheduled[block] = end
+                write = Write(block, blocks.generation.item(block), end)
+                run = Run(table.cursor * size + scheduled, end - scheduled)
+                table.cursor += end == size
+                return Scheduled([run], [write])
         runs: list[Run] = []
         writes: list[Write] = []
         if not self._fetch(table, num_tokens, now):
@@ -333,9 +344,9 @@ class KVCacheManager:
         blocks = self.blocks
         for block, generation, num_valid in writes:
             if blocks.generation.item(block) == generation and blocks.num_valid.item(block) < num_valid:
-                self.tiers.idle.count_one(block, -1)
-                blocks.num_valid[block] = num_valid
-                self.tiers.idle.count_one(block, +1)
+                blocks.num_valid[block] = (
+                    num_valid  # the step still touches it: it is not counted as idle yet
+                )
         return self.tiers.settle(number, ids, copies, failed)
 
     def void(self, writes: Iterable[Write]) -> None:
