@@ -9,7 +9,10 @@ A test compares the README with them, so that no number there is anything but a 
 import argparse
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+from tools.bench import compare
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -22,12 +25,17 @@ def main() -> None:
     if parser.parse_args().write:
         README.write_text(with_numbers(README.read_text()))
     else:
-        print(set_up(), scoreboard(), table(), sep="\n\n")
+        print(set_up(), scoreboard(), table(), tiers(), sep="\n\n")
 
 
 def with_numbers(readme: str) -> str:
     """`readme` with what stands between its markers made anew."""
-    for name, text in (("set-up", set_up()), ("scoreboard", scoreboard()), ("measured", table())):
+    for name, text in (
+        ("set-up", set_up()),
+        ("scoreboard", scoreboard()),
+        ("measured", table()),
+        ("tiers", tiers()),
+    ):
         begin, end = f"<!-- {name}: python -m tools.readme_table --write -->", f"<!-- /{name} -->"
         head, _, rest = readme.partition(begin)
         _, _, tail = rest.partition(end)
@@ -68,6 +76,38 @@ def table() -> str:
     rows = ["| what | measured | by |", "|---|---|---|"]
     rows += [f"| {what} | {figure} | `{by}` |" for what, figure, by in _rows()]
     return "\n".join(rows) + f"\n\n{_where(_load('wire'))} `by`: a module of `tools`, run with `python -m`."
+
+
+def tiers() -> str:
+    """The curve of `continuo bench`: what a second tier is worth."""
+    report, low = _load("bench_tiers"), _load("bench_low_load")
+    names = compare.names(report)
+    titles = {"stateless": "re-reading every turn", "device": "one tier", "two-tier": "two tiers"}
+    lines = [f"| offered | {' | '.join(titles[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    by_rate: dict[float, dict[str, dict[str, Any]]] = {}
+    for point in report["points"]:
+        by_rate.setdefault(point["rate"], {})[point["configuration"]] = point["figures"]
+    for rate, figures in by_rate.items():
+        cells = (
+            f"{each['turns_per_s']:.2f} turns/s, {each['normalised_ms_p90']:.0f} ms per token, "
+            f"{1 - each['recomputed_share']:.0%} found"
+            for each in (figures[name] for name in names)
+        )
+        lines.append(f"| {rate:g} | {' | '.join(cells)} |")
+    limit = report["settings"]["at_normalised_ms"]
+    at = {name: compare.turns_at(report, name, limit) for name in names}
+    reached = ", ".join(f"{titles[name]} {at[name]:.2f}" for name in names)
+    ratios = compare.ratios_of(low["points"], "two-tier", "device", "normalised_ms_mean")
+    set_size = median(point["figures"]["working_set_device_tiers"] for point in report["points"])
+    said = (
+        f"Turns per second at a p90 of {limit:g} ms per token: {reached}. The histories of",
+        f"{report['points'][0]['conversations']} live conversations came to {set_size:.1f} device tiers.",
+        f"Where all fit one tier ({low['points'][0]['conversations']} conversations, low load), a second",
+        f"changes latency by a factor of {median(ratios):.3f} (median of {len(ratios)} pairs,",
+        f"{compare.interval(ratios)}). {_where(report)}",
+    )
+    commands = f"    {report['command']}\n    {low['command']}"
+    return "\n".join(lines) + f"\n\n{' '.join(said)}\n\n{commands}"
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -120,7 +160,7 @@ def _rows() -> list[tuple[str, str, str]]:
             ),
         ]
     start, qwen = _load("start_demo"), _load("start_qwen2.5-0.5b")
-    operations, text = _load("operations"), _load("text")
+    operations, text, cache = _load("operations"), _load("text"), _load("cache")
     sampling = _load("sampling")["kinds"]["all"]
     return [
         *rows,
@@ -151,6 +191,12 @@ def _rows() -> list[tuple[str, str, str]]:
             "choosing tokens for 64 conversations, penalties, filters and logprobs on (llama-160m)",
             f"{sampling['sampling_ms']} ms, {sampling['share']:.1%} of a step",
             "bench_sampling",
+        ),
+        (
+            f"planning a step of {cache['running']} turns beside {cache['conversations']:,} idle ones",
+            f"{cache['plan_ms']:.2f} ms; {cache['choose_us']:.0f} µs for each block that leaves a tier; "
+            f"{cache['bytes_per_conversation']:,} bytes a conversation, {cache['bytes_per_block']} a block",
+            "bench_cache",
         ),
         (
             f"rendering and checking a turn behind {text['messages']} messages, slowest of "
