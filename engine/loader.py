@@ -28,6 +28,7 @@ from engine.model_runner import ModelRunner
 from engine.models import load_model
 from engine.models.config import ModelConfig
 from engine.models.dtype import default_dtype
+from engine.models.layer_attention import reach
 from engine.profile import QUICK, THOROUGH, Profiler
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
@@ -102,6 +103,7 @@ def _build(
         BlockPool(kv.num_host_blocks),
         costs,
         pipelined=not config.verify_reloads,
+        window=reach(model.layers),
     )
     scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent)
     core = EngineCore(manager, scheduler, parts.runner, clock, model.eos_ids, parts.context_tokens, transfer)

@@ -186,18 +186,22 @@ class Scheduler:
         """
         computed, table, manager = turn.conversation.computed, turn.conversation.table, self.manager
         num_tokens = len(turn.conversation.tokens)
-        device = manager.num_cached(table, num_tokens - 1)
-        host = manager.num_reloadable(table, num_tokens - 1)
-        misses = computed.misses(
-            num_tokens,
-            turn.first_token,
-            lambda n: manager.num_cached(table, n) + manager.num_reloadable(table, n),
-        )
+        first = manager.needed_from(table, num_tokens)
+
+        def found(n: int) -> tuple[int, int, int]:
+            return (
+                manager.num_cached(table, n),
+                manager.num_reloadable(table, n, first),
+                manager.num_unseen(table, n, first),
+            )
+
+        device, host, unseen = found(num_tokens - 1)
+        misses = computed.misses(num_tokens, turn.first_token, lambda n: sum(found(n)))
         num_new = misses[Miss.NEW] + misses[Miss.NEVER_COMPUTED]
         return Usage(
             prompt_tokens=num_tokens,
             completion_tokens=turn.num_generated,
-            cached_device_tokens=device,
+            cached_device_tokens=device + unseen,
             cached_host_tokens=host,
             recomputed_tokens=misses.total() - num_new,
             new_tokens=num_new,
@@ -206,6 +210,7 @@ class Scheduler:
             rewritten_tokens=misses[Miss.REWRITTEN],
             cut_tokens=misses[Miss.CUT],
             never_computed_tokens=misses[Miss.NEVER_COMPUTED],
+            unseen_tokens=unseen,
         )
 
     def _shares(self, parts: "_Parts", loaded: set[int]) -> tuple[Share, ...]:

@@ -22,7 +22,9 @@ BOUNDS_S = (
     *(1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0),
 )
 
-PROMPT_FIELDS = [field.name for field in fields(Usage) if field.name != "completion_tokens"]
+PROMPT_FIELDS = [
+    field.name for field in fields(Usage) if field.name not in ("completion_tokens", "unseen_tokens")
+]
 
 
 class Observations:

@@ -147,6 +147,7 @@ class Usage:
     rewritten_tokens: int = 0  # recomputed: history that stands in other words now
     cut_tokens: int = 0  # recomputed: of a block cut by rewinding or by another reply; and its last token
     never_computed_tokens: int = 0  # new: history that was given or appended, and no turn attended to
+    unseen_tokens: int = 0  # cached_device: beyond every sliding window, without KV there, and none is needed
 
 
 @dataclass(frozen=True, slots=True)

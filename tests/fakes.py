@@ -42,27 +42,42 @@ def choose(values: Sequence[int], vocab: int = VOCAB) -> int:
 
 
 def stateless_reply(
-    history: Sequence[int], num_tokens: int, eos_ids: frozenset[int] = frozenset({EOS}), vocab: int = VOCAB
+    history: Sequence[int],
+    num_tokens: int,
+    eos_ids: frozenset[int] = frozenset({EOS}),
+    vocab: int = VOCAB,
+    window: int | None = None,
 ) -> list[int]:
     """What a fresh run over `history` replies: nothing is cached, shared or evicted here."""
     values: list[int] = []
     for position, token in enumerate(history):
-        values.append(_mix(_mix(token, position), values[-1] if values else 0))
+        values.append(_mix(_mix(token, position), _before(values, window)))
     reply: list[int] = []
     while len(reply) < num_tokens and not (reply and reply[-1] in eos_ids):
-        reply.append(choose(values, vocab))
-        values.append(_mix(_mix(reply[-1], len(values)), values[-1]))
+        reply.append(choose(values if window is None else values[-window:], vocab))
+        values.append(_mix(_mix(reply[-1], len(values)), _before(values, window)))
     return reply
+
+
+def _before(values: Sequence[int], window: int | None) -> int:
+    """What a position takes from the entries before it: the last one, or all that its window shows."""
+    if window is None:
+        return values[-1] if values else 0
+    return functools.reduce(_mix, values[-window + 1 :], 0) if window > 1 else 0
 
 
 class FakeRunner:
     """Keeps one integer per token slot.  The entry of a position mixes token, position and the entry before
-    it, read through the block table, as the KV of a deep layer depends on all that came before."""
+    it, read through the block table, as the KV of a deep layer depends on all that came before.  With a
+    `window` it mixes those that the window shows, and nothing before is read."""
 
-    def __init__(self, num_slots: int, block_size: int, vocab: int = VOCAB) -> None:
+    def __init__(
+        self, num_slots: int, block_size: int, vocab: int = VOCAB, window: int | None = None
+    ) -> None:
         self.kv = np.full((num_slots, block_size), POISON, dtype=np.int64)
         self.block_size = block_size
         self.vocab = vocab
+        self.window = window
         self.num_computed = 0
         self._last: dict[int, int] = {}
 
@@ -73,15 +88,22 @@ class FakeRunner:
         for segment in plan.segments:
             ids = (self._last[segment.row],) if segment.token_ids is None else segment.token_ids
             for position, token in enumerate(ids, segment.first):
-                before = self._read(segment.slots, position - 1) if position else 0
+                before = _before(self._seen(segment.slots, position), self.window)
                 slot, offset = segment.slots[position // self.block_size], position % self.block_size
                 self.kv[slot, offset] = _mix(_mix(token, position), before)
             self.num_computed += len(ids)
             if segment.draw is not None:
-                values = [self._read(segment.slots, position) for position in range(segment.draw.position)]
+                end = segment.draw.position
+                first = 0 if self.window is None else max(0, end - self.window)
+                values = [self._read(segment.slots, position) for position in range(first, end)]
                 sampled[segment.row] = choose(values, self.vocab)
         self._last.update(sampled)
         return StepResult(sampled)
+
+    def _seen(self, slots: Sequence[int], position: int) -> list[int]:
+        """The entries that `position` takes from."""
+        first = max(0, position - (1 if self.window is None else self.window - 1))
+        return [self._read(slots, before) for before in range(first, position)]
 
     def _read(self, slots: Sequence[int], position: int) -> int:
         value = int(self.kv[slots[position // self.block_size], position % self.block_size])

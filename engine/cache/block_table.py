@@ -22,7 +22,7 @@ class BlockTable:
         self.tenant = tenant
         self.row = row
         self.num_tokens = 0
-        self.cursor = 0  # while active: blocks before it are scheduled whole
+        self.cursor = 0  # while active: blocks before it are scheduled whole or not needed
         self.fetched: tuple[int, ...] = ()  # blocks that were loaded because a turn waits
         self._columns = columns
         self._blocks: BlockIds = np.empty(4, np.int32)

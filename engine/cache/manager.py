@@ -6,7 +6,7 @@ Life of a table's blocks:
     expect      a turn was accepted and waits: what is on the host begins to come back (`load_early`)
     activate    the turn begins to run: its blocks can no longer be evicted
     schedule    what is on the host begins to be copied to the device; the missing positions before it,
-                ascending, get slots and become runs of a step
+                ascending, get slots and become runs of a step; what no window reaches stays as it is
     launch / settle   a step was planned / has ended: what it wrote or copied is valid, unless given up since
     deactivate  the turn ended: everything it holds can be evicted again
 
@@ -39,6 +39,7 @@ from engine.cache.block_pool import BlockPool
 from engine.cache.block_table import BlockTable, BlockTables
 from engine.cache.costs import CostTable
 from engine.cache.eviction import Way
+from engine.cache.needed import first_needed
 from engine.cache.policy import Policy
 from engine.cache.tiers import CacheStatistics, Tiers
 from engine.errors import InvariantError
@@ -71,7 +72,8 @@ class Scheduled(NamedTuple):
 class KVCacheManager:
     """`host` is the pool of the host tier, of no slots if there is none.  Without `costs`, loading counts as
     cheaper than computing.  `pipelined`: a step may attend to what it loads itself, because every layer waits
-    for its part of the copies; otherwise it is for later steps.
+    for its part of the copies; otherwise it is for later steps.  `window`: the most positions that a row sees
+    in any layer, itself included; None if some layer sees all that come before.
     """
 
     def __init__(
@@ -83,9 +85,11 @@ class KVCacheManager:
         costs: CostTable | None = None,
         *,
         pipelined: bool = False,
+        window: int | None = None,
     ) -> None:
         self.block_size = block_size
         self.is_pipelined = pipelined
+        self._window = window
         self.blocks = Blocks()
         self._tables = BlockTables(len(Way))
         self._index = BlockIndex(self.blocks)
@@ -178,7 +182,9 @@ class KVCacheManager:
         """Begin to load what is on the host of the first `num_tokens` tokens of a turn that waits, up to
         `at_most` blocks.  Returns how many.
         """
-        found = table.blocks[np.flatnonzero(self._to_load(table, 0, num_tokens))[:at_most]].tolist()
+        first = self.needed_from(table, num_tokens)
+        wanted = np.flatnonzero(self._to_load(table, first, num_tokens))[:at_most]
+        found = table.blocks[first + wanted].tolist()
         num_begun = 0
         for block in found:
             if not self._is_on_host(block):
@@ -217,10 +223,23 @@ class KVCacheManager:
         """Some of it is on its way from the host."""
         return bool((self.blocks.copying[table.blocks] == LOADING).any())
 
+    def needed_from(self, table: BlockTable, num_tokens: int) -> int:
+        """The number of the first block that computing the last of `num_tokens` tokens needs now."""
+        if self._window is None or num_tokens <= self._window:
+            return 0
+        size = self.block_size
+        num_blocks = -(-num_tokens // size)
+        ids = table.blocks[:num_blocks]
+        held = np.zeros(num_blocks, np.int64)  # of the last one the tokens may not be known yet
+        loaded = np.where(self._worth_loading(ids, 0), self.tiers.reloadable(ids), 0)
+        held[: len(ids)] = np.maximum(self.blocks.num_scheduled[ids], loaded)
+        return first_needed(held, num_tokens, size, self._window)
+
     def num_missing(self, table: BlockTable, num_tokens: int) -> int:
-        """Slots that `table` lacks to hold `num_tokens`."""
-        have = int(np.count_nonzero(self.blocks.slot[table.blocks] != NO_SLOT))
-        return -(-num_tokens // self.block_size) - have
+        """Slots that `table` lacks to hold what computing the last of `num_tokens` tokens needs."""
+        first = self.needed_from(table, num_tokens)
+        have = int(np.count_nonzero(self.blocks.slot[table.blocks[first:]] != NO_SLOT))
+        return -(-num_tokens // self.block_size) - first - have
 
     def num_own(self, table: BlockTable) -> int:
         """Device slots of an idle `table` that could be made free."""
@@ -229,10 +248,12 @@ class KVCacheManager:
 
     def num_scheduled(self, table: BlockTable, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens have KV on the device, or will when every planned step
-        has ended.
+        has ended, or need none.
         """
+        first = self.needed_from(table, num_tokens)
         ids = table.blocks[: -(-num_tokens // self.block_size)]
-        return int(np.minimum(self.blocks.num_scheduled[ids], self._shares(len(ids), num_tokens)).sum())
+        tokens = np.minimum(self.blocks.num_scheduled[ids], self._shares(len(ids), num_tokens))
+        return first * self.block_size + int(tokens[first:].sum())
 
     def num_cached(self, table: BlockTable, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens need neither be computed nor be copied: as
@@ -242,16 +263,26 @@ class KVCacheManager:
         tokens = np.minimum(self.blocks.num_scheduled[ids], self._shares(len(ids), num_tokens))
         return int(tokens[~self._from_host(table, ids)].sum())
 
-    def num_reloadable(self, table: BlockTable, num_tokens: int) -> int:
+    def num_reloadable(self, table: BlockTable, num_tokens: int, first: int = 0) -> int:
         """How many of the first `num_tokens` tokens need not be computed because they are, or were when the
-        turn was accepted, on the host.
+        turn was accepted, on the host.  Nothing before block `first` begins to be loaded any more.
         """
         ids = table.blocks[: -(-num_tokens // self.block_size)]
         shares = self._shares(len(ids), num_tokens)
         came = np.where(self._from_host(table, ids), np.minimum(self.blocks.num_scheduled[ids], shares), 0)
         there = np.minimum(self.tiers.reloadable(ids), shares)
         there[~self._worth_loading(ids, 0)] = 0
+        there[:first][self.blocks.copying[ids[:first]] != LOADING] = 0
         return int(np.maximum(came, there).sum())
+
+    def num_unseen(self, table: BlockTable, num_tokens: int, first: int) -> int:
+        """How many of the first `num_tokens` tokens have no KV on the device and need none, because they are
+        before block `first`, where all that is needed begins.
+        """
+        if not first:
+            return 0
+        end = min(num_tokens, first * self.block_size)
+        return end - self.num_cached(table, end) - self.num_reloadable(table, end, first)
 
     @property
     def num_available(self) -> int:
@@ -264,8 +295,8 @@ class KVCacheManager:
         """Give slots to the first missing positions below `num_tokens`, at most `budget` of them.
 
         `num_tokens` may exceed `table.num_tokens` by tokens that a launched step is about to sample.
-        Everything before each run is resident or scheduled no later, which is what makes recomputed prefixes
-        exact (Pensieve, section 4.3.4).
+        Everything before each run that it attends to is resident or scheduled no later, which is what makes
+        recomputed prefixes exact (Pensieve, section 4.3.4).
         """
         size, blocks = self.block_size, self.blocks
         if table.cursor == len(table) - 1 and num_tokens - table.cursor * size <= size:
@@ -281,6 +312,8 @@ class KVCacheManager:
                 return Scheduled([run], [write])
         runs: list[Run] = []
         writes: list[Write] = []
+        if self._window is not None and not self._is_nearly_done(table):
+            table.cursor = self.needed_from(table, num_tokens)
         if not self._fetch(table, num_tokens, now):
             return Scheduled(runs, writes, out_of_slots=True)
         while budget > 0:
@@ -434,6 +467,11 @@ class KVCacheManager:
             if not self.tiers.begin_load(table[first + i], now):
                 return False
         return True
+
+    def _is_nearly_done(self, table: BlockTable) -> bool:
+        """At most a part of the last block is missing, as it mostly is."""
+        left = len(table) - table.cursor
+        return left < 1 or left == 1 and self.blocks.num_scheduled.item(table[table.cursor]) > 0
 
     def _is_on_host(self, block: int) -> bool:
         return self.blocks.host_valid.item(block) > 0

@@ -45,6 +45,12 @@ def read_layers(fields: Fields, family: Family) -> tuple[LayerAttention, ...]:
     )
 
 
+def reach(layers: tuple[LayerAttention, ...]) -> int | None:
+    """The most positions that a row sees in any layer, itself included; None if some layer sees all."""
+    windows = [layer.window for layer in layers]
+    return None if None in windows else max(window for window in windows if window is not None)
+
+
 def _window(fields: Fields, family: Family) -> int | None:
     switched_on = fields.flag("use_sliding_window")
     if family.windowed == "none":

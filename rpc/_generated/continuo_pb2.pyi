@@ -461,7 +461,7 @@ class Closed(_message.Message):
     def __init__(self, deleted: bool = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "cached_device_tokens", "cached_host_tokens", "recomputed_tokens", "new_tokens", "evicted_tokens", "restart_tokens", "rewritten_tokens", "cut_tokens", "never_computed_tokens")
+    __slots__ = ("prompt_tokens", "completion_tokens", "cached_device_tokens", "cached_host_tokens", "recomputed_tokens", "new_tokens", "evicted_tokens", "restart_tokens", "rewritten_tokens", "cut_tokens", "never_computed_tokens", "unseen_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -473,6 +473,7 @@ class Usage(_message.Message):
     REWRITTEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEVER_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNSEEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     cached_device_tokens: int
@@ -484,7 +485,8 @@ class Usage(_message.Message):
     rewritten_tokens: int
     cut_tokens: int
     never_computed_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., cached_host_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., evicted_tokens: _Optional[int] = ..., restart_tokens: _Optional[int] = ..., rewritten_tokens: _Optional[int] = ..., cut_tokens: _Optional[int] = ..., never_computed_tokens: _Optional[int] = ...) -> None: ...
+    unseen_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_device_tokens: _Optional[int] = ..., cached_host_tokens: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., new_tokens: _Optional[int] = ..., evicted_tokens: _Optional[int] = ..., restart_tokens: _Optional[int] = ..., rewritten_tokens: _Optional[int] = ..., cut_tokens: _Optional[int] = ..., never_computed_tokens: _Optional[int] = ..., unseen_tokens: _Optional[int] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue_s", "ttft_s", "total_s", "reload_s", "recompute_s", "prefill_s")

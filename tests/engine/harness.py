@@ -207,3 +207,4 @@ def check_sums(usage: Usage) -> None:
     reasons = (usage.evicted_tokens, usage.restart_tokens, usage.rewritten_tokens, usage.cut_tokens)
     assert usage.recomputed_tokens == sum(reasons)
     assert 0 <= usage.never_computed_tokens <= usage.new_tokens and min(reasons) >= 0
+    assert 0 <= usage.unseen_tokens <= usage.cached_device_tokens

@@ -49,16 +49,23 @@ class Histories(RuleBasedStateMachine):
     context = 40
     policy = lru
     pipelined = True
+    window: int | None = None
     seen: ClassVar[Counter[str]] = Counter()  # over all histories
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock()
-        self.runner = FakeRunner(self.num_slots, BLOCK_SIZE)
+        self.runner = FakeRunner(self.num_slots, BLOCK_SIZE, window=self.window)
         self.transfer = FakeTransfer(self.runner, self.num_host_slots)
         host = BlockPool(self.num_host_slots)
         self.manager = KVCacheManager(
-            BlockPool(self.num_slots), BLOCK_SIZE, self.policy, host, COSTS, pipelined=self.pipelined
+            BlockPool(self.num_slots),
+            BLOCK_SIZE,
+            self.policy,
+            host,
+            COSTS,
+            pipelined=self.pipelined,
+            window=self.window,
         )
         self.core = EngineCore(
             self.manager,
@@ -84,6 +91,7 @@ class Histories(RuleBasedStateMachine):
         assert (found is not None) is self.runs[turn]
         if found is not None:
             check_sums(found)
+            self.seen["unseen_tokens"] += found.unseen_tokens
             assert found.prompt_tokens == len(turn.conversation.tokens)
         self.seen[state.name] += 1
 
@@ -202,7 +210,7 @@ class Histories(RuleBasedStateMachine):
         self.commits = True
 
     def expect_stateless_equal(self, turn: Turn) -> None:
-        expected = stateless_reply(self.started[turn], turn.max_new)
+        expected = stateless_reply(self.started[turn], turn.max_new, window=self.window)
         assert turn.reply_ids == expected[: turn.num_generated]
         if turn.finish_reason is not FinishReason.CANCELLED:
             assert turn.num_generated == len(expected)
@@ -330,6 +338,24 @@ class HistoriesEvictedFromTheTail(HistoriesOnTwoTiersAheadByOne):
     policy = lru_tail
 
 
+class HistoriesThroughAWindow(HistoriesOnTwoTiersAheadByOne):
+    """What lies before the window of what is computed stays dropped."""
+
+    window = 5
+    context = 24
+    num_slots, num_host_slots = 7, 3
+
+
+class HistoriesThroughAWindowWithoutHost(HistoriesThroughAWindow):
+    num_host_slots = 0
+    policy = lru
+
+
+class HistoriesThroughAWindowWithoutPipelining(HistoriesThroughAWindow):
+    pipelined = False
+    window = 6
+
+
 class OverwrittenHostBlock(HistoriesOnABigHost):
     """The same in the host tier."""
 
@@ -379,6 +405,9 @@ MACHINES = [
     HistoriesWithoutPipelining,
     HistoriesOnABigHost,
     HistoriesEvictedFromTheTail,
+    HistoriesThroughAWindow,
+    HistoriesThroughAWindowWithoutHost,
+    HistoriesThroughAWindowWithoutPipelining,
 ]
 
 
@@ -386,6 +415,7 @@ MACHINES = [
 def test_replies_equal_a_stateless_run_whatever_happens_to_the_cache(machine: type[Histories]) -> None:
     machine.seen.clear()
     run(machine, examples=100)
+    assert (machine.seen["unseen_tokens"] > 50) is (machine.window is not None)
     if machine.num_host_slots:
         assert machine.seen["num_stored"] > 100 and machine.seen["num_loaded"] > 30
         assert machine.seen["num_failed_copies"] > 20
