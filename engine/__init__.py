@@ -4,15 +4,15 @@ A turn, hop by hop.  `AsyncEngine` (async_engine.py) receives an operation from 
 in a small pool and hands ids to a `Conversation`.  Each step is three calls:
 
     plan     on the event loop   `Scheduler` picks segments, `KVCacheManager` finds or frees blocks
-    execute  on the step thread  `TransferEngine` copies blocks between the tiers as the frozen `StepPlan`
-                                 says, then `ModelRunner` runs it: one ragged batch, no phases
+    execute  on the step thread  `ModelRunner` runs the frozen `StepPlan`, one ragged batch, no phases; each
+                                 layer waits for its part of what `TransferEngine` brings from the host
     apply    on the event loop   tokens are appended, stop conditions checked, text and events go out
 
 Who owns what: `BlockPool` the slots of a tier, `KVCacheManager` the blocks of conversations and, through its
 `Tiers`, where their data is (nobody else writes it), `KVStore` and `HostStore` the tensors, `Conversation`
 tokens and turns, `Scheduler` queues and the token budget, `TokenLog` what survives a crash. Scheduler,
-manager and policies know neither torch nor asyncio nor the clock: the same code runs under tests with virtual
-time.
+manager and policies know neither torch nor asyncio nor the clock: the same code runs in `engine.simulation`,
+under virtual time, on a model that is arithmetic.
 
 Names are resolved on first use, so that importing an integer-only module does not load torch.
 """

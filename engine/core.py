@@ -238,7 +238,9 @@ class EngineCore:
 
     def _num_kept(self, conversation: Conversation, num_tokens: int) -> int:
         table = conversation.table
-        return self.manager.num_cached(table, num_tokens) + self.manager.num_reloadable(table, num_tokens)
+        return self.manager.held.num_cached(table, num_tokens) + self.manager.held.num_reloadable(
+            table, num_tokens
+        )
 
     # -- steps
 

@@ -11,29 +11,22 @@ them, in slots that are free.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
+from engine.accounting import Share, less_what_was_lost, shares_of, usage_of
 from engine.batch import RowParams, Segment, StepPlan
 from engine.cache.block import BlockIds, Copy
 from engine.cache.manager import KVCacheManager, Run, Scheduled, Write
-from engine.computed import Miss
 from engine.conversation import Conversation, Turn, TurnState
 from engine.types import RunState, Usage
 
+EARLY_TURNS = 8
+"""So many of those that wait have their blocks brought back ahead of time."""
 RESERVED_SHARE = 0.1
 """Of the slots, kept for turns that run already; nothing is admitted into it (Pensieve, section 4.3.2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What a step does for a turn that has no token yet."""
-
-    turn: Turn
-    num_again: int  # positions that were computed before
-    num_new: int  # and others
-    num_loads: int  # blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +111,9 @@ class Scheduler:
         stores = tuple(copy.move for copy in copies if not copy.is_load)
         loads = tuple(copy.move for copy in copies if copy.is_load)
         plan = StepPlan(number, tuple(parts.segments), stores, loads)
-        shares = self._shares(parts, {copy.block for copy in copies if copy.is_load})
+        loaded = [copy.block for copy in copies if copy.is_load]
+        turns = (*self.running, *self.waiting) if loaded else self.running
+        shares = shares_of(turns, parts.runs, loaded)
         return Step(plan, tuple(parts.turns), blocks, tuple(parts.writes), copies, shares)
 
     def plan_again(self) -> None:
@@ -133,20 +128,14 @@ class Scheduler:
             for turn in (*self.running, *self.waiting):
                 if turn.usage is None or not (turn.conversation.table.blocks == copy.block).any():
                     continue
-                num_lost = min(copy.num_tokens, turn.usage.cached_host_tokens)
-                turn.usage = replace(
-                    turn.usage,
-                    cached_host_tokens=turn.usage.cached_host_tokens - num_lost,
-                    recomputed_tokens=turn.usage.recomputed_tokens + num_lost,
-                    evicted_tokens=turn.usage.evicted_tokens + num_lost,
-                )
+                turn.usage = less_what_was_lost(turn.usage, copy.num_tokens)
 
     # -- private
 
     def _fits(self, turn: Turn) -> bool:
         table, manager = turn.conversation.table, self.manager
-        missing = manager.num_missing(table, len(turn.conversation.tokens) + 1)
-        return missing <= manager.num_available - manager.num_own(table) - self._reserve
+        missing = manager.held.num_missing(table, len(turn.conversation.tokens) + 1)
+        return missing <= manager.num_available - manager.held.num_own(table) - self._reserve
 
     @property
     def _reserve(self) -> int:
@@ -158,12 +147,14 @@ class Scheduler:
         little per step: those that run wait for it.
         """
         manager = self.manager
+        if not manager.tiers.host.num_slots:
+            return
         room = manager.num_available - self._reserve
         at_most = manager.tiers.num_per_step
-        for turn in self.waiting:
+        for turn in islice(self.waiting, EARLY_TURNS):
             end, table = len(turn.conversation.tokens), turn.conversation.table
-            room -= manager.num_missing(table, end + 1) + manager.num_own(table)
-            if room < 0 or not at_most or not manager.tiers.host.num_slots:
+            room -= manager.held.num_missing(table, end + 1) + manager.held.num_own(table)
+            if room < 0 or not at_most:
                 return
             if not turn.paused:
                 at_most -= manager.load_early(table, end, at_most, now)
@@ -174,58 +165,11 @@ class Scheduler:
         turn.state = TurnState.RUNNING
         at = next((i for i, other in enumerate(self.running) if other.row > turn.row), len(self.running))
         self.running.insert(at, turn)
-        found = self._usage(turn)
+        found = usage_of(turn, self.manager.held)
         if turn.usage is None:
             turn.started_s = now
             turn.usage, turn.num_known = found, conversation.computed.num_tokens
         self.on_state(turn, RunState.RUNNING, found)
-
-    def _usage(self, turn: Turn) -> Usage:
-        """Where all that the turn holds by now is found.  The last token is computed in any case: its logits
-        choose the next.
-        """
-        computed, table, manager = turn.conversation.computed, turn.conversation.table, self.manager
-        num_tokens = len(turn.conversation.tokens)
-        first = manager.needed_from(table, num_tokens)
-
-        def found(n: int) -> tuple[int, int, int]:
-            return (
-                manager.num_cached(table, n),
-                manager.num_reloadable(table, n, first),
-                manager.num_unseen(table, n, first),
-            )
-
-        device, host, unseen = found(num_tokens - 1)
-        misses = computed.misses(num_tokens, turn.first_token, lambda n: sum(found(n)))
-        num_new = misses[Miss.NEW] + misses[Miss.NEVER_COMPUTED]
-        return Usage(
-            prompt_tokens=num_tokens,
-            completion_tokens=turn.num_generated,
-            cached_device_tokens=device + unseen,
-            cached_host_tokens=host,
-            recomputed_tokens=misses.total() - num_new,
-            new_tokens=num_new,
-            evicted_tokens=misses[Miss.EVICTED],
-            restart_tokens=misses[Miss.RESTART],
-            rewritten_tokens=misses[Miss.REWRITTEN],
-            cut_tokens=misses[Miss.CUT],
-            never_computed_tokens=misses[Miss.NEVER_COMPUTED],
-            unseen_tokens=unseen,
-        )
-
-    def _shares(self, parts: "_Parts", loaded: set[int]) -> tuple[Share, ...]:
-        """`loaded` are the blocks that the step brings from the host."""
-        shares = []
-        for turn in (*self.running, *self.waiting) if loaded else self.running:
-            if turn.first_token_s is not None:
-                continue
-            num_loads = len(loaded.intersection(turn.conversation.table.blocks.tolist())) if loaded else 0
-            runs = parts.runs.get(turn, ())
-            again = sum(max(0, min(turn.num_known, run.first + run.length) - run.first) for run in runs)
-            num_tokens = sum(run.length for run in runs)
-            if num_tokens or num_loads:
-                shares.append(Share(turn, again, num_tokens - again, num_loads))
-        return tuple(shares)
 
     def _suspend(self, turn: Turn, now: float) -> None:
         self._stop(turn, now)
@@ -238,7 +182,7 @@ class Scheduler:
         self._deactivate(turn.conversation, now)
 
     def _deactivate(self, conversation: Conversation, now: float) -> None:
-        reached = self.manager.num_scheduled(conversation.table, len(conversation.tokens))
+        reached = self.manager.held.num_scheduled(conversation.table, len(conversation.tokens))
         conversation.computed.compute(reached)
         self.manager.deactivate(conversation.table, now)
 
@@ -251,7 +195,8 @@ class Scheduler:
             budget = self.max_step_tokens - parts.num_tokens
             more = self.manager.schedule(conversation.table, end, budget, now)
             runs += more.runs
-            parts.num_tokens += sum(run.length for run in more.runs)
+            for run in more.runs:
+                parts.num_tokens += run.length
             parts.writes += more.writes
             if not more.out_of_slots:
                 break
@@ -269,7 +214,7 @@ class Scheduler:
                 more.out_of_slots
                 or more.waits
                 or turn.num_pending
-                or self.manager.is_loading(conversation.table)
+                or self.manager.held.is_loading(conversation.table)
             ):
                 return
             # Blocks of other conversations hold all of it, and yet nobody has this turn's next token: the
@@ -302,7 +247,7 @@ class Scheduler:
             table, end = conversation.table, len(conversation.tokens)
             more = Scheduled([], [])
             self.manager.activate(table)
-            if self.manager.num_missing(table, end) <= self.manager.pool.num_free:
+            if self.manager.held.num_missing(table, end) <= self.manager.pool.num_free:
                 more = self.manager.schedule(table, end, self.max_step_tokens, now)
                 parts.writes += more.writes
             self._deactivate(conversation, now)

@@ -98,7 +98,9 @@ class Histories(RuleBasedStateMachine):
     def num_kept(self, conversation: Conversation, num_tokens: int) -> int:
         """Of the first tokens, on either tier."""
         table = conversation.table
-        return self.manager.num_cached(table, num_tokens) + self.manager.num_reloadable(table, num_tokens)
+        return self.manager.held.num_cached(table, num_tokens) + self.manager.held.num_reloadable(
+            table, num_tokens
+        )
 
     def some(self, data: st.DataObject) -> Conversation:
         return data.draw(st.sampled_from(self.conversations))
@@ -369,11 +371,15 @@ class OverwrittenBlock(Histories):
     """One KV entry that some later turn must read is overwritten behind the manager's back."""
 
     @precondition(
-        lambda self: any(c.turn is None and self.manager.num_cached(c.table, 99) for c in self.conversations)
+        lambda self: any(
+            c.turn is None and self.manager.held.num_cached(c.table, 99) for c in self.conversations
+        )
     )
     @rule(data=st.data())
     def overwrite(self, data: st.DataObject) -> None:
-        cached = [c for c in self.conversations if c.turn is None and self.manager.num_cached(c.table, 99)]
+        cached = [
+            c for c in self.conversations if c.turn is None and self.manager.held.num_cached(c.table, 99)
+        ]
         blocks = self.manager.blocks
         for block in data.draw(st.sampled_from(cached)).table.blocks:
             if blocks.num_valid[block]:

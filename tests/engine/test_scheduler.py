@@ -194,7 +194,7 @@ def test_computing_ahead_evicts_nothing() -> None:
     core.append(appended, [], first_token=12)  # 3 will do
     core.step(1)
     assert core.runner.num_computed == 20 + 12
-    assert core.manager.num_cached(holder.table, 20) == 20
+    assert core.manager.held.num_cached(holder.table, 20) == 20
 
 
 def test_a_conversation_that_leaves_memory_is_not_computed_ahead() -> None:

@@ -140,7 +140,7 @@ def test_holes_before_every_window_stay_dropped_and_take_no_slot(model: tuple[st
     history = [*range(3, 208), *reply]  # and one token more, which makes 13 blocks
     engine.lose(conversation, [0, 1, 2, 3, 4, 5], to_host=[6, 7])
     num_free = engine.manager.pool.num_free
-    num_missing = engine.manager.num_missing(conversation.table, len(history) + 1)
+    num_missing = engine.manager.held.num_missing(conversation.table, len(history) + 1)
     assert num_missing == (0 if name in ALL_WINDOWED else 8)
     again, usage = engine.say(conversation, [9], num_new=1)
     states = engine.manager.residency(conversation.table)
