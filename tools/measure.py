@@ -45,7 +45,8 @@ def commit() -> str:
     run = [["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"]]
     try:
         head, changes = (
-            subprocess.run(c, capture_output=True, text=True, check=True).stdout.strip() for c in run
+            subprocess.run(c, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+            for c in run
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

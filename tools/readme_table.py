@@ -106,8 +106,9 @@ def tiers() -> str:
         f"changes latency by a factor of {median(ratios):.3f} (median of {len(ratios)} pairs,",
         f"{compare.interval(ratios)}). {_where(report)}",
     )
-    commands = f"    {report['command']}\n    {low['command']}"
-    return "\n".join(lines) + f"\n\n{' '.join(said)}\n\n{commands}"
+    commands = ("python -m tools.random_model llama-160m llama-160m", report["command"], low["command"])
+    shown = "\n".join(f"    {command}" for command in commands)
+    return "\n".join(lines) + f"\n\n{' '.join(said)}\n\n{shown}"
 
 
 def _where(result: dict[str, Any]) -> str:
