@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Iterator
 from enum import IntEnum
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.cache.block import NO_SLOT, BlockIds, Blocks
+from engine.cache.block import NO_SLOT, STORING, BlockIds, Blocks
 from engine.cache.block_table import BlockTable, BlockTables
 from engine.cache.policy import Policy
 
@@ -39,40 +40,54 @@ class Way(IntEnum):
     OFF_HOST = 3
 
 
+class Candidate(NamedTuple):
+    """A block that may go one way."""
+
+    value: float  # lowest first
+    block: int
+    row: int  # of its table, or NO_ROW
+    place: int  # in that table, in the policy's order
+
+
 class Ranking:
     """What leaves next, by each way: ranked once for several uses, and looked at again before it is used."""
 
     def __init__(self, tables: BlockTables, blocks: Blocks, policy: Policy, block_size: int) -> None:
         self._tables, self._blocks, self._policy, self._block_size = tables, blocks, policy, block_size
-        # Value, block, its generation, and the row of its table; and the times at which they were ranked.
-        self._queues: dict[Way, deque[tuple[float, int, int, int]]] = {way: deque() for way in Way}
+        # With their blocks' generations; and the times at which they were ranked.
+        self._queues: dict[Way, deque[tuple[Candidate, int]]] = {way: deque() for way in Way}
         self._ranked_at = dict.fromkeys(Way, -1.0)
 
-    def lowest(
-        self, way: Way, now: float, settled: int, num_that_may_go: int
-    ) -> Iterator[tuple[float, int, int]]:
-        """Values, blocks and their tables' rows, lowest first.  The caller takes each away, or will be given
-        it again.  What was used since it was ranked is worth more now, and left out.
+    def lowest(self, way: Way, now: float, settled: int, num_that_may_go: int) -> Iterator[Candidate]:
+        """Lowest first.  The caller takes each away, or will be given it again.  What was used since it was
+        ranked is worth more now, and left out.
         """
         blocks, queue = self._blocks, self._queues[way]
         while True:
             if not queue or now - self._ranked_at[way] > RANKED_FOR_S:
                 ranked = lowest_first(self._tables, blocks, way, self._policy, self._block_size, now, settled)
                 queue.clear()
-                for value, block, row in islice(ranked, min(RANKED_AT_ONCE, num_that_may_go)):
-                    queue.append((value, block, blocks.generation.item(block), row))
+                for found in islice(ranked, min(RANKED_AT_ONCE, num_that_may_go)):
+                    queue.append((found, blocks.generation.item(found.block)))
                 self._ranked_at[way] = now
             if not queue:
                 return
-            value, block, generation, row = queue.popleft()
+            candidate, generation = queue.popleft()
+            block = candidate.block
             is_unused = blocks.last_used.item(block) <= self._ranked_at[way]
             is_same = blocks.generation.item(block) == generation
             if is_same and is_unused and may_go_one(blocks, block, way, settled):
-                yield value, block, row
+                yield candidate
 
-    def put_back(self, way: Way, value: float, block: int, row: int) -> None:
+    def put_back(self, way: Way, candidate: Candidate) -> None:
         """It stays after all."""
-        self._queues[way].appendleft((value, block, self._blocks.generation.item(block), row))
+        self._queues[way].appendleft((candidate, self._blocks.generation.item(candidate.block)))
+
+    def may_go_again(self, way: Way, candidate: Candidate) -> None:
+        """What had gone or could not go `way` before."""
+        if candidate.row != NO_ROW:
+            passed = self._tables.passed[way]
+            passed[candidate.row] = min(passed.item(candidate.row), candidate.place)
 
 
 def may_go(blocks: Blocks, ids: BlockIds, way: Way, settled: int) -> Mask:
@@ -99,14 +114,16 @@ def may_go_one(blocks: Blocks, block: int, way: Way, settled: int) -> bool:
 
 
 def has_gone(blocks: Blocks, ids: BlockIds, way: Way) -> Mask:
-    """Which of `ids` cannot go `way` before they have been copied the other way."""
+    """Which of `ids` cannot go `way` before they have been copied the other way.  A store that fails is not
+    tried again before the conversation has gone on.
+    """
     if way is Way.OFF_HOST:
         gone: Mask = blocks.host_slot[ids] == NO_SLOT
         return gone
     gone = blocks.slot[ids] == NO_SLOT
     if way is not Way.OFF_DEVICE:
         is_clean = blocks.host_valid[ids] >= blocks.num_valid[ids]
-        gone |= is_clean if way is Way.TO_HOST else ~is_clean
+        gone |= is_clean | (blocks.copying[ids] == STORING) if way is Way.TO_HOST else ~is_clean
     return gone
 
 
@@ -117,14 +134,16 @@ def has_gone_one(blocks: Blocks, block: int, way: Way) -> bool:
     if blocks.slot.item(block) == NO_SLOT:
         return True
     is_clean = blocks.host_valid.item(block) >= blocks.num_valid.item(block)
-    return way is not Way.OFF_DEVICE and is_clean == (way is Way.TO_HOST)
+    if way is Way.TO_HOST:
+        return is_clean or blocks.copying.item(block) == STORING
+    return way is Way.OFF_DEVICE_AT_NO_COST and not is_clean
 
 
 def lowest_first(
     tables: BlockTables, blocks: Blocks, way: Way, policy: Policy, block_size: int, now: float, settled: int
-) -> Iterator[tuple[float, int, int]]:
-    """Value, block and the row of its table, of what may go `way`; nothing of it may change meanwhile.  One
-    that several conversations share may come twice.
+) -> Iterator[Candidate]:
+    """What may go `way`, lowest value first; nothing of it may change meanwhile.  One that several
+    conversations share may come twice.
 
     Last come blocks whose latest user has left, or that came back through somebody else: they are found by
     looking everywhere, in no order, count as the first of their conversation, and belong to row NO_ROW.
@@ -133,7 +152,7 @@ def lowest_first(
     at = tables.passed[way][rows]
     ends = (tables.num_blocks[rows] - at if policy.from_tail else at + 1) * block_size
     floors = policy.value(ends, now - tables.last_active[rows])
-    heap: list[tuple[float, int, int, int]] = []
+    heap: list[tuple[float, int, int, int]] = []  # value, row, place, block
     seen: list[int] = []
 
     def push(row: int, at: int) -> None:
@@ -153,12 +172,13 @@ def lowest_first(
             continue
         value, row, place, block = heapq.heappop(heap)
         seen.append(block)
-        yield value, block, row
+        yield Candidate(value, block, row, place)
         push(row, place + 1)
     every = np.flatnonzero(blocks.num_refs).astype(np.int32)
     left = np.setdiff1d(every[may_go(blocks, every, way, settled)], seen)
     values = policy.value(np.full(len(left), block_size), now - blocks.last_used[left])
-    yield from ((value, block, NO_ROW) for value, block in zip(values.tolist(), left.tolist(), strict=True))
+    for value, block in zip(values.tolist(), left.tolist(), strict=True):
+        yield Candidate(value, block, NO_ROW, 0)
 
 
 def _next(table: BlockTable, at: int, blocks: Blocks, way: Way, policy: Policy, settled: int) -> int:

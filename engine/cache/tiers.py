@@ -16,7 +16,7 @@ from engine.cache.block import LOADING, NO_SLOT, NOT_COPIED, STORING, BlockIds, 
 from engine.cache.block_pool import BlockPool
 from engine.cache.block_table import BlockTable, BlockTables
 from engine.cache.costs import CostTable, reload_is_cheaper
-from engine.cache.eviction import NO_ROW, Ranking, Way
+from engine.cache.eviction import Candidate, Ranking, Way
 from engine.cache.idle_blocks import IdleBlocks
 from engine.cache.policy import Policy
 from engine.errors import InvariantError
@@ -252,8 +252,8 @@ class Tiers:
         if free >= STORE_ANYWAY_BELOW * num_slots and any(copy.is_load for copy in self._copies.values()):
             return
         left = min(int(STORE_BELOW * num_slots) + 1 - free, self.num_per_step)
-        for value, block, row in self._lowest(Way.TO_HOST, now):
-            if not self._begin_store(block, row, value, now):
+        for candidate in self._lowest(Way.TO_HOST, now):
+            if not self._begin_store(candidate, now):
                 break
             left -= 1
             if not left:
@@ -289,7 +289,7 @@ class Tiers:
 
     # -- private
 
-    def _lowest(self, way: Way, now: float) -> Iterator[tuple[float, int, int]]:
+    def _lowest(self, way: Way, now: float) -> Iterator[Candidate]:
         return self._ranking.lowest(way, now, self.idle.settled, self.idle.num_that_may_go(way))
 
     def _make_room(self, now: float) -> bool:
@@ -300,26 +300,25 @@ class Tiers:
         left = min(MADE_ROOM_FOR, self.idle.num_clean or self.idle.num_evictable)
         if not left:
             return False
-        for value, block, row in self._lowest(way, now):
+        for candidate in self._lowest(way, now):
             if way is Way.OFF_DEVICE_AT_NO_COST:
-                self._free_slot(block)
-            elif not self._begin_store(block, row, value, now, leaves=True):
+                self._free_slot(candidate.block)
+            elif not self._begin_store(candidate, now, leaves=True):
                 self._num_evicted += 1
-                self.free(block)  # on the host there is at most a part of it
+                self.free(candidate.block)  # on the host there is at most a part of it
             left -= 1
             if not left:
                 return True
         raise InvariantError(f"{left} more blocks were counted as evictable than were found")
 
-    def _begin_store(self, block: int, row: int, value: float, now: float, leaves: bool = False) -> bool:
-        """Copy the block, of the table of that row, to the host in the next step, in which its device slot
-        serves another if it `leaves`: a step stores before it does anything else.  False if what the host
-        holds is worth more.
+    def _begin_store(self, candidate: Candidate, now: float, leaves: bool = False) -> bool:
+        """Copy the block to the host in the next step, in which its device slot serves another if it
+        `leaves`: a step stores before it does anything else.  False if what the host holds is worth more.
         """
-        blocks = self._blocks
+        blocks, block = self._blocks, candidate.block
         slot, host_slot = blocks.slot.item(block), blocks.host_slot.item(block)
         if host_slot == NO_SLOT:
-            taken = self._take_host_slot(value, now)
+            taken = self._take_host_slot(candidate.value, now)
             if taken is None:
                 return False
             host_slot = taken
@@ -330,8 +329,8 @@ class Tiers:
         blocks.host_slot[block], blocks.host_valid[block] = host_slot, 0
         self._begin(block, num_tokens, BlockMove(slot, host_slot), STORING)
         self._num_storing += 1
-        if row != NO_ROW:  # there is something in it again that can leave the host, or the device at no cost
-            self._tables.passed[[Way.OFF_HOST, Way.OFF_DEVICE_AT_NO_COST], row] = 0
+        for way in (Way.OFF_HOST, Way.OFF_DEVICE_AT_NO_COST):
+            self._ranking.may_go_again(way, candidate)
         return True
 
     def _pin(self, block: int) -> None:
@@ -367,12 +366,12 @@ class Tiers:
                     return
             if not blocks.copying[ids].any():
                 del self._twice[row]
-        for other, block, row in self._lowest(Way.OFF_HOST, now):
-            if other >= value:
-                self._ranking.put_back(Way.OFF_HOST, other, block, row)
+        for other in self._lowest(Way.OFF_HOST, now):
+            if other.value >= value:
+                self._ranking.put_back(Way.OFF_HOST, other)
                 return
-            self._num_evicted += blocks.slot.item(block) == NO_SLOT
-            self._free_host_slot(block)
+            self._num_evicted += blocks.slot.item(other.block) == NO_SLOT
+            self._free_host_slot(other.block)
             left -= 1
             if not left:
                 return
