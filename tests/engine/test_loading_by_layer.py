@@ -9,6 +9,7 @@ import torch
 
 from engine.batch import StepPlan, StepResult
 from engine.cache.block import BlockMove
+from engine.cache.eviction import Candidate
 from engine.cache.kv_store import KVStore
 from engine.cache.transfer import Loading, TransferEngine
 from engine.conversation import Conversation, TurnState
@@ -93,7 +94,7 @@ def come_back(decoder: Decoder, watch: Callable[[Engine], None]) -> tuple[list[i
     reply(engine, conversation, PROMPT)
     table = conversation.table
     for block in table.blocks.tolist():
-        engine.manager.tiers._begin_store(block, table.row, 1e9, engine.clock.now, leaves=True)
+        engine.manager.tiers._begin_store(Candidate(1e9, block, table.row, 0), engine.clock.now, leaves=True)
     engine.core.step()
     watch(engine)
     return reply(engine, conversation, NEW), engine

@@ -10,7 +10,7 @@ import pytest
 
 from engine.cache.block import NO_SLOT, BlockMove
 from engine.cache.costs import CostTable
-from engine.cache.eviction import Way, lowest_first
+from engine.cache.eviction import Candidate, Way, lowest_first
 from engine.cache.policy import retention
 from engine.conversation import Conversation, TurnState
 from engine.types import FinishReason
@@ -26,7 +26,7 @@ def order_of(tiers: TwoTiers, way: Way) -> list[tuple[float, int]]:
     every_step = 10**9  # has ended
     ranked = lowest_first(manager._tables, manager.blocks, way, policy, SIZE, tiers.clock.now, every_step)
     first: dict[int, float] = {}
-    for value, block, _ in ranked:
+    for value, block, *_ in ranked:
         first.setdefault(block, value)
     return [(value, block) for block, value in first.items()]
 
@@ -101,7 +101,7 @@ def test_the_same_value_ranks_what_leaves_the_device_and_what_leaves_the_host() 
     now = tiers.clock.now
     blocks = tiers.manager.blocks
     for block in {block for c in made for block in c.table.blocks.tolist() if blocks.slot[block] != NO_SLOT}:
-        assert tiers.manager.tiers._begin_store(block, -1, float("inf"), now, leaves=True)
+        assert tiers.manager.tiers._begin_store(Candidate(float("inf"), block, -1, 0), now, leaves=True)
     tiers.step()
     for conversation in made:
         conversation.table.passed[:] = 0
@@ -185,7 +185,9 @@ def test_a_copied_partial_block_is_as_before_if_what_was_written_behind_it_is_of
     first = tiers.open()
     tiers.say(first, [1] * 6, num_new=2)
     tiers.bring_to_host(first, [0])
-    assert tiers.manager.tiers._begin_store(first.table[1], first.table.row, float("inf"), tiers.clock.now)
+    assert tiers.manager.tiers._begin_store(
+        Candidate(float("inf"), first.table[1], first.table.row, 1), tiers.clock.now
+    )
     tiers.step()
     assert tiers.states(first) == ["host", "both"]
     turn = tiers.begin(first, [9])

@@ -12,6 +12,7 @@ import torch
 from engine.cache.block import Residency
 from engine.cache.block_pool import BlockPool
 from engine.cache.costs import CostTable
+from engine.cache.eviction import Candidate
 from engine.cache.kv_store import HostStore, KVStore
 from engine.cache.manager import KVCacheManager
 from engine.cache.policy import lru
@@ -79,7 +80,7 @@ class Engine:
         ids = conversation.table.blocks
         for at in to_host:
             if columns.num_valid[ids[at]] and columns.host_slot[ids[at]] == -1:
-                tiers._begin_store(ids.item(at), -1, 1e9, now, leaves=True)
+                tiers._begin_store(Candidate(1e9, ids.item(at), -1, 0), now, leaves=True)
         self.core.step()  # makes the copies
         for at in blocks:
             slot = columns.slot.item(ids[at])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine.cache.block import NO_SLOT, Residency
+from engine.cache.eviction import Candidate
 from engine.conversation import Conversation, Turn, TurnState
 from engine.core import TokenEvent
 from engine.models.decoder import Decoder
@@ -61,7 +62,7 @@ class History:
         for place, block in zip(split, table.blocks.tolist(), strict=False):
             if place in "hb":
                 now, leaves = self.engine.clock.now, place == "h"
-                assert tiers._begin_store(block, table.row, 1e9, now, leaves)
+                assert tiers._begin_store(Candidate(1e9, block, table.row, 0), now, leaves)
         self.settle()
         for place, block in zip(split, table.blocks.tolist(), strict=False):
             if place == "d":

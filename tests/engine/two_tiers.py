@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from engine.cache.block_pool import BlockPool
 from engine.cache.costs import CostTable
+from engine.cache.eviction import Candidate
 from engine.cache.manager import KVCacheManager
 from engine.cache.policy import Policy, lru
 from engine.conversation import Conversation, Turn, TurnState
@@ -96,7 +97,9 @@ class TwoTiers:
         tiers, table = self.manager.tiers, conversation.table
         held = (i for i, block in enumerate(table.blocks) if self.manager.blocks.num_valid[block])
         for i in list(held) if at is None else at:
-            assert tiers._begin_store(table[i], table.row, float("inf"), self.clock.now, leaves=True)
+            assert tiers._begin_store(
+                Candidate(float("inf"), table[i], table.row, i), self.clock.now, leaves=True
+            )
         self.step()
 
     def drop(self, conversation: Conversation, at: Iterable[int]) -> None:
