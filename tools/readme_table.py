@@ -83,13 +83,16 @@ def tiers() -> str:
     report, low = _load("bench_tiers"), _load("bench_low_load")
     names = compare.names(report)
     titles = {"stateless": "re-reading every turn", "device": "one tier", "two-tier": "two tiers"}
-    lines = [f"| offered | {' | '.join(titles[name] for name in names)} |", "|---" * (len(names) + 1) + "|"]
+    lines = [
+        f"| turns/s offered | {' | '.join(titles[name] for name in names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
     by_rate: dict[float, dict[str, dict[str, Any]]] = {}
     for point in report["points"]:
         by_rate.setdefault(point["rate"], {})[point["configuration"]] = point["figures"]
     for rate, figures in by_rate.items():
         cells = (
-            f"{each['turns_per_s']:.2f} turns/s, {each['normalised_ms_p90']:.0f} ms per token, "
+            f"{each['turns_per_s']:.2f}, {each['normalised_ms_p90']:.0f} ms, "
             f"{1 - each['recomputed_share']:.0%} found"
             for each in (figures[name] for name in names)
         )
@@ -100,7 +103,8 @@ def tiers() -> str:
     ratios = compare.ratios_of(low["points"], "two-tier", "device", "normalised_ms_mean")
     set_size = median(point["figures"]["working_set_device_tiers"] for point in report["points"])
     said = (
-        f"Turns per second at a p90 of {limit:g} ms per token: {reached}. The histories of",
+        "A cell is turns per second done, normalised latency per token (p90), and the share of histories that",
+        f"was found. Turns per second at a p90 of {limit:g} ms: {reached}. The histories of",
         f"{report['points'][0]['conversations']} live conversations came to {set_size:.1f} device tiers.",
         f"Where all fit one tier ({low['points'][0]['conversations']} conversations, low load), a second",
         f"changes latency by a factor of {median(ratios):.3f} (median of {len(ratios)} pairs,",
