@@ -103,8 +103,8 @@ def tiers() -> str:
     ratios = compare.ratios_of(low["points"], "two-tier", "device", "normalised_ms_mean")
     set_size = median(point["figures"]["working_set_device_tiers"] for point in report["points"])
     said = (
-        "A cell is turns per second done, normalised latency per token (p90), and the share of histories that",
-        f"was found. Turns per second at a p90 of {limit:g} ms: {reached}. The histories of",
+        "A cell is turns per second done, normalised latency per token (p90), and the share of histories",
+        f"that was found. Turns per second at a p90 of {limit:g} ms: {reached}. The histories of",
         f"{report['points'][0]['conversations']} live conversations came to {set_size:.1f} device tiers.",
         f"Where all fit one tier ({low['points'][0]['conversations']} conversations, low load), a second",
         f"changes latency by a factor of {median(ratios):.3f} (median of {len(ratios)} pairs,",
