@@ -432,7 +432,7 @@ def test_replies_equal_a_stateless_run_whatever_happens_to_the_cache(machine: ty
 @pytest.mark.heavy
 @pytest.mark.parametrize("machine", MACHINES)
 def test_replies_equal_a_stateless_run_over_many_random_histories(machine: type[Histories]) -> None:
-    run(machine, examples=2_000, derandomize=False)
+    run(machine, examples=1_000, derandomize=False)
 
 
 @pytest.mark.parametrize("machine", [OverwrittenBlock, OverwrittenHostBlock])
