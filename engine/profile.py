@@ -124,7 +124,10 @@ class Profiler:
 
     def _load(self, moves: Sequence[BlockMove]) -> None:
         assert self._transfer is not None
-        self._transfer.load(moves).finish()
+        loading = self._transfer.load(moves)
+        for layer in range(len(self._store.layers)):
+            loading.wait_for(layer)  # as a step does; blocks copied as a whole would cost less
+        loading.finish()
 
     @property
     def _bytes_per_block(self) -> int:

@@ -55,9 +55,15 @@ class Machine:
         assert all(move.host_slot < self.num_host_blocks for move in moves)
         assert all(move.device_slot < self.store_.slab.shape[1] for move in moves)
         self.loads.append(list(moves))
+        self.layers_waited_for = 0
         return self
 
+    def wait_for(self, layer: int) -> None:
+        assert layer == self.layers_waited_for, "layers are waited for in order"
+        self.layers_waited_for += 1
+
     def finish(self) -> frozenset[BlockMove]:
+        assert self.layers_waited_for == len(self.store_.layers), "a load is timed as a step makes it"
         return frozenset()
 
     def profiler(self, context_tokens: int, *, with_host: bool = True) -> Profiler:
