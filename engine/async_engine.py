@@ -104,6 +104,7 @@ class AsyncEngine:
             run_ahead=config.run_ahead,
             stall_s=config.stall_s,
             thread_setup=thread_setup,
+            recorder=core.recorder,
         )
         self._in_flight.wake = self._steps.wake
         self._registry = Registry(core, log, info.fingerprint, config.max_conversations)

@@ -33,6 +33,7 @@ class EngineConfig:
     max_conversations: int = (
         10_000  # kept in memory; idle ones beyond it are reloaded from the token log when used
     )
+    step_profile: Path | None = None  # a file to be written: where the time of every step goes
     data_dir: Path | None = None  # None: nothing survives the process
     stateless: bool = False  # give KV up after every turn, to compare against
     threads: int | None = None  # of the step; None: all cores

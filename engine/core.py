@@ -17,6 +17,7 @@ from engine.computed import Miss
 from engine.conversation import Conversation, Turn, TurnState, common_length
 from engine.errors import ContextOverflow, InvariantError
 from engine.scheduler import Scheduler, Step
+from engine.step_profile import StepRecorder
 from engine.stopping import stop_reason
 from engine.types import (
     Clock,
@@ -58,8 +59,10 @@ class EngineCore:
         eos_ids: frozenset[int],
         context_tokens: int,
         transfer: TransferEngine | None = None,
+        recorder: StepRecorder | None = None,
     ) -> None:
-        """`transfer` is needed if there is a host tier."""
+        """`transfer` is needed if there is a host tier; `recorder` is told where the time of steps goes."""
+        self.recorder = recorder or StepRecorder()
         self.manager = manager
         self.scheduler = scheduler
         self.context_tokens = context_tokens
@@ -251,13 +254,20 @@ class EngineCore:
         return step
 
     def execute(self, step: Step) -> StepResult:
-        plan = step.plan
+        self.recorder.mark("host")
+        result = self._carried_out(step.plan)
+        self.recorder.end(step.plan)
+        return result
+
+    def _carried_out(self, plan: StepPlan) -> StepResult:
         if self._transfer is None or not (plan.stores or plan.loads):
             return self._runner.run(plan)
         failed = self._transfer.store(plan.stores)
         loading = self._transfer.load(plan.loads)
+        self.recorder.mark("copies")
         result = self._runner.run(plan, loading.wait_for) if plan.segments else StepResult()
         failed |= loading.finish()
+        self.recorder.mark("copies")
         return replace(result, failed_moves=failed, load_s=loading.seconds)
 
     def apply(self, step: Step, result: StepResult) -> list[TokenEvent]:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,11 +33,13 @@ from engine.models.layer_attention import reach
 from engine.profile import QUICK, THOROUGH, Profiler
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
+from engine.step_profile import StepFile, StepRecorder
 from engine.text.tokenizer import Tokenizer
 from engine.text_service import TextService
 from engine.token_log import TokenLog
 from engine.types import Clock, Limits, ModelInfo, SamplingParams
 from kernels import __version__, dispatch
+from kernels.marks import Mark, unmarked
 
 _logger = logging.getLogger(__name__)
 
@@ -68,25 +71,32 @@ def load_engine(config: EngineConfig, clock: Clock | None = None) -> AsyncEngine
     to do.
     """
     clock = clock or SystemClock()
-    model_config = ModelConfig.from_dir(config.model)
-    tokenizer = Tokenizer.from_dir(config.model)
-    if tokenizer.vocab_size > model_config.vocab_size:
-        raise ModelFolderError(
-            f"{config.model}: the tokenizer has {tokenizer.vocab_size} tokens, "
-            f"the model only {model_config.vocab_size}"
-        )
-    log = TokenLog.open(config.data_dir, clock=clock)
-    try:
-        return _build(config, clock, model_config, tokenizer, log)
-    except BaseException:
-        log.close()
-        raise
+    with ExitStack() as opened:
+        recorder = StepFile(config.step_profile) if config.step_profile else StepRecorder()
+        opened.callback(recorder.close)
+        model_config = ModelConfig.from_dir(config.model)
+        tokenizer = Tokenizer.from_dir(config.model)
+        if tokenizer.vocab_size > model_config.vocab_size:
+            raise ModelFolderError(
+                f"{config.model}: the tokenizer has {tokenizer.vocab_size} tokens, "
+                f"the model only {model_config.vocab_size}"
+            )
+        log = TokenLog.open(config.data_dir, clock=clock)
+        opened.callback(log.close)
+        engine = _build(config, clock, model_config, tokenizer, log, recorder)
+        opened.pop_all()
+        return engine
 
 
 def _build(
-    config: EngineConfig, clock: Clock, model: ModelConfig, tokenizer: Tokenizer, log: TokenLog
+    config: EngineConfig,
+    clock: Clock,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    log: TokenLog,
+    recorder: StepRecorder,
 ) -> AsyncEngine:
-    parts = _load_parts(config, model, tokenizer)
+    parts = _load_parts(config, model, tokenizer, recorder.mark)
     kv, size = parts.kv, config.block_size
     transfer = None
     if kv.num_host_blocks:
@@ -106,7 +116,9 @@ def _build(
         window=reach(model.layers),
     )
     scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent)
-    core = EngineCore(manager, scheduler, parts.runner, clock, model.eos_ids, parts.context_tokens, transfer)
+    core = EngineCore(
+        manager, scheduler, parts.runner, clock, model.eos_ids, parts.context_tokens, transfer, recorder
+    )
     subject = parts.subject
     info = ModelInfo(
         name=config.name or config.model.resolve().name,
@@ -179,7 +191,9 @@ class _Parts:
         )
 
 
-def _load_parts(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> _Parts:
+def _load_parts(
+    config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer, mark: Mark = unmarked
+) -> _Parts:
     dtype = default_dtype("cpu") if config.dtype == "auto" else getattr(torch, config.dtype)
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
@@ -202,7 +216,8 @@ def _load_parts(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) 
         version=__version__,
     )
     context_tokens = min(model.max_positions, (kv.num_blocks - 1) * size)
-    return _Parts(kv, store, ModelRunner(decoder, store, sampler, size), sampler, context_tokens, subject)
+    runner = ModelRunner(decoder, store, sampler, size, mark)
+    return _Parts(kv, store, runner, sampler, context_tokens, subject)
 
 
 def _costs(

@@ -10,19 +10,28 @@ from engine.batch import StepPlan, StepResult
 from engine.cache.kv_store import KVStore
 from engine.models.decoder import Decoder
 from engine.sampler import Sampler
+from kernels.marks import Mark, unmarked
 from kernels.paged_attention import AttnMeta
 
 
 class ModelRunner:
     """Knows nothing of queues, turns or conversations: a `row` is a number under which it remembers the
-    last token.
+    last token.  `mark` is told what the time of a step goes to.
     """
 
-    def __init__(self, decoder: Decoder, store: KVStore, sampler: Sampler, block_size: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        store: KVStore,
+        sampler: Sampler,
+        block_size: int,
+        mark: Mark = unmarked,
+    ) -> None:
         self._decoder = decoder
         self._store = store
         self._sampler = sampler
         self._block_size = block_size
+        self._mark = mark
         self._last: dict[int, int] = {}  # row -> token of the step before
 
     @torch.inference_mode()
@@ -35,9 +44,12 @@ class ModelRunner:
         ends = meta.q_indptr[1:].tolist()
         rows = [end - 1 for segment, end in zip(plan.segments, ends, strict=True) if segment.draw is not None]
         rows_of_logits = torch.tensor(rows, dtype=torch.int64)
-        logits = self._decoder.forward(ids, meta, self._store.layers, rows_of_logits, wait_for)
+        self._mark("host")
+        layers = self._store.layers
+        logits = self._decoder.forward(ids, meta, layers, rows_of_logits, wait_for, self._mark)
         draws = {segment.row: segment.draw for segment in plan.segments if segment.draw is not None}
         self._last, logprobs = self._sampler.sample(logits, draws)
+        self._mark("sampling")
         return StepResult(dict(self._last), time.perf_counter() - begun, logprobs)
 
 

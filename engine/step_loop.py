@@ -13,6 +13,7 @@ from engine.batch import StepResult
 from engine.core import EngineCore, TokenEvent
 from engine.errors import EngineStopped
 from engine.scheduler import Step
+from engine.step_profile import StepRecorder
 from engine.step_thread import StepThread
 
 
@@ -21,7 +22,8 @@ class StepLoop:
 
     `on_step(step, result, events)` is called on the loop after every step and must not block.  If a step
     raises or takes longer than `stall_s` seconds, or turns wait so long while no step can be planned, the
-    loop ends, `failed` holds the reason and `on_failure` is called once.
+    loop ends, `failed` holds the reason and `on_failure` is called once.  `recorder` is told when there is
+    nothing to compute, and closed at the end.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class StepLoop:
         run_ahead: int,
         stall_s: float,
         thread_setup: Callable[[], None],
+        recorder: StepRecorder | None = None,
     ) -> None:
         self._core = core
         self._on_step = on_step
@@ -40,26 +43,33 @@ class StepLoop:
         self._run_ahead = run_ahead
         self._stall_s = stall_s
         self._thread_setup = thread_setup
+        self._recorder = recorder or StepRecorder()
         self._wake = asyncio.Event()
+        self._is_idle = False
         self._stopping = False
         self._thread: StepThread | None = None
         self._task: asyncio.Task[None] | None = None
         self.failed: EngineStopped | None = None
 
     async def __aenter__(self) -> "StepLoop":
+        self._recorder.start()
         self._thread = StepThread()
         self._task = asyncio.create_task(self._run(self._thread), name="step-loop")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._stopping = True
-        self._wake.set()
+        self.wake()
         assert self._task is not None and self._thread is not None
         await self._task
         self._thread.close(wait=self.failed is None)
+        self._recorder.close()
 
     def wake(self) -> None:
         """There may be something to compute."""
+        if self._is_idle:
+            self._is_idle = False
+            self._recorder.mark("idle")
         self._wake.set()
 
     async def _run(self, thread: StepThread) -> None:
@@ -99,6 +109,8 @@ class StepLoop:
     async def _nap(self) -> None:
         """Until something has changed.  Turns that wait while nothing runs must not wait for long."""
         num_waiting = self._core.scheduler.num_waiting
+        self._recorder.mark("host")
+        self._is_idle = True
         try:
             await asyncio.wait_for(self._wake.wait(), self._stall_s if num_waiting else None)
         except TimeoutError:

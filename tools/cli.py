@@ -135,6 +135,12 @@ def _declare_serve(add_command: Callable[..., Parser]) -> None:
         help="serve metrics for Prometheus there, to everybody who reaches it (off)",
     )
     add(
+        "--step-profile",
+        type=Path,
+        metavar="FILE",
+        help="write there, a line of JSON per step, what the time of every step goes to (off)",
+    )
+    add(
         "--until-eof",
         action="store_true",
         help="drain when stdin ends; for programs that start a server of their own",
@@ -285,6 +291,11 @@ def _declare_bench(add_command: Callable[..., Parser]) -> None:
         type=above_zero,
         metavar="X",
         help="tell the turns per second at which the p90 normalised latency crosses this",
+    )
+    add(
+        "--step-profile",
+        action="store_true",
+        help="tell what the time of the server's steps goes to: linears, attention, sampling, idle ...",
     )
     add("--json", type=Path, metavar="FILE", help="everything measured, point by point")
     add("--plots", type=Path, metavar="DIR", help="PNG files; they need matplotlib (the extra bench)")

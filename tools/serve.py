@@ -42,6 +42,7 @@ def engine_config(chosen: Namespace) -> EngineConfig:
         profile=chosen.profile,
         profile_dir=chosen.profile_dir,
         verify_reloads=chosen.verify_reloads,
+        step_profile=chosen.step_profile,
         max_step_tokens=chosen.max_step_tokens,
         max_concurrent=chosen.max_concurrent,
         max_queue=chosen.max_queue,

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.models.config import ModelConfig
 from engine.models.rope import RopeTable
 from kernels.linear import PackedLinear
+from kernels.marks import Mark, unmarked
 from kernels.paged_attention import AttnMeta, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope_kv_write
@@ -32,12 +33,14 @@ class Decoder(Protocol):
         kv: Sequence[Tensor],
         rows: Tensor,
         wait_for: Callable[[int], None] | None = None,
+        mark: Mark = unmarked,
     ) -> Tensor:
         """One step.  ids: [T >= 1] int64; kv: [B, 2, G, P, D] in `dtype` per layer, written to at meta.slots.
 
         Returns logits [R, V] fp32 of `rows`: [R >= 0] int64, indices into the step.  All K and V of a layer
         are written before its attention, so segments of one conversation may attend to each other.  Before
-        a layer touches its `kv` it calls `wait_for` with its number: KV may still be on its way.
+        a layer touches its `kv` it calls `wait_for` with its number: KV may still be on its way.  `mark` is
+        told behind every kernel what it was.
         """
         ...
 
@@ -91,6 +94,7 @@ class RotaryDecoder:
         kv: Sequence[Tensor],
         rows: Tensor,
         wait_for: Callable[[int], None] | None = None,
+        mark: Mark = unmarked,
     ) -> Tensor:
         eps, last = self.config.norm_eps, self._layers[-1]
         num_positions = int(meta.positions.max()) + 1
@@ -99,24 +103,38 @@ class RotaryDecoder:
         if self.config.embedding_scale != 1:
             residual = residual * self._embedding_scale
         x = rms_norm(residual, self._layers[0].attention_norm, eps)
+        mark("rest")
         layers = zip(self._layers, self._attention, kv, self._next_norms, strict=True)
         for i, (layer, (rope, window), layer_kv, next_norm) in enumerate(layers):
             if wait_for is not None:
                 wait_for(i)
-            x = self._attend(layer, x, layer_kv, meta, angles[rope], window)
+                mark("copies")
+            x = self._attend(layer, x, layer_kv, meta, angles[rope], window, mark)
             if layer is last:  # the other rows have left their K and V; nothing else of them is needed
                 x, residual = x.index_select(0, rows), residual.index_select(0, rows)
             x = layer.attention_out(x)
+            mark("linears")
             if layer.attention_post_norm is not None:
                 x = rms_norm(x, layer.attention_post_norm, eps)
             x, residual = add_rms_norm(x, residual, layer.mlp_norm, eps)
-            x = layer.down(self._gate(layer.gate_up(x)))
+            mark("rest")
+            x = layer.gate_up(x)
+            mark("linears")
+            x = self._gate(x)
+            mark("rest")
+            x = layer.down(x)
+            mark("linears")
             if layer.mlp_post_norm is not None:
                 x = rms_norm(x, layer.mlp_post_norm, eps)
             x, residual = add_rms_norm(x, residual, next_norm, eps)
-        logits = self._head(x).float()
-        cap = self.config.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+            mark("rest")
+        logits = self._head(x)
+        mark("linears")
+        logits, cap = logits.float(), self.config.logit_softcap
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        mark("rest")
+        return logits
 
     def _attend(
         self,
@@ -126,14 +144,19 @@ class RotaryDecoder:
         meta: AttnMeta,
         cos_sin: Tensor | None,
         window: int | None,
+        mark: Mark,
     ) -> Tensor:
         """x: [T, N] -> [T, H * D]."""
-        heads = layer.qkv(x).view(x.shape[0], -1, self.config.head_dim)
+        fused = layer.qkv(x)
+        mark("linears")
+        heads = fused.view(x.shape[0], -1, self.config.head_dim)
         q, k, v = heads.split_with_sizes(self._heads, dim=1)  # half the cost of torch.split
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rms_norm(q, layer.q_norm, self.config.norm_eps)
             k = rms_norm(k, layer.k_norm, self.config.norm_eps)
         q = rope_kv_write(q, k, v, cos_sin, kv, meta)
+        mark("rest")
         config = self.config
         out, _ = paged_attention(q, kv, meta, config.attention_scale, window, config.attention_softcap)
+        mark("attention")
         return out.view(x.shape[0], -1)

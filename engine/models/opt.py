@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.models.config import ModelConfig
 from kernels.linear import PackedLinear
+from kernels.marks import Mark, unmarked
 from kernels.paged_attention import AttnMeta, paged_attention
 from kernels.rope import rope_kv_write
 
@@ -70,6 +71,7 @@ class OptDecoder:
         kv: Sequence[Tensor],
         rows: Tensor,
         wait_for: Callable[[int], None] | None = None,
+        mark: Mark = unmarked,
     ) -> Tensor:
         last, norm_first = self._layers[-1], self.config.norm_first
         x = self._embedding.index_select(0, ids).to(self.dtype)
@@ -79,24 +81,46 @@ class OptDecoder:
         for i, (layer, layer_kv) in enumerate(zip(self._layers, kv, strict=True)):
             if wait_for is not None:
                 wait_for(i)
-            attended = self._attend(layer, layer.attention_norm(x) if norm_first else x, layer_kv, meta)
+                mark("copies")
+            normed = layer.attention_norm(x) if norm_first else x
+            mark("rest")
+            attended = self._attend(layer, normed, layer_kv, meta, mark)
             if layer is last:  # the other rows have left their K and V; nothing else of them is needed
                 x, attended = x.index_select(0, rows), attended.index_select(0, rows)
-            x = x + layer.attention_out(attended)
+            attended = layer.attention_out(attended)
+            mark("linears")
+            x = x + attended
             if not norm_first:
                 x = layer.attention_norm(x)
-            x = x + layer.down(layer.up(layer.mlp_norm(x) if norm_first else x).relu_())
+            normed = layer.mlp_norm(x) if norm_first else x
+            mark("rest")
+            inner = layer.up(normed)
+            mark("linears")
+            inner = inner.relu_()
+            mark("rest")
+            inner = layer.down(inner)
+            mark("linears")
+            x = x + inner
             if not norm_first:
                 x = layer.mlp_norm(x)
         if self._final_norm is not None:
             x = self._final_norm(x)
+        mark("rest")
         if self._projections is not None:
             x = self._projections[1](x)
-        return self._head(x).float()
+        logits = self._head(x)
+        mark("linears")
+        logits = logits.float()
+        mark("rest")
+        return logits
 
-    def _attend(self, layer: OptLayer, x: Tensor, kv: Tensor, meta: AttnMeta) -> Tensor:
+    def _attend(self, layer: OptLayer, x: Tensor, kv: Tensor, meta: AttnMeta, mark: Mark) -> Tensor:
         """x: [T, N] -> [T, H * D]."""
-        q, k, v = layer.qkv(x).view(len(x), 3, -1, self.config.head_dim).unbind(dim=1)
+        fused = layer.qkv(x)
+        mark("linears")
+        q, k, v = fused.view(len(x), 3, -1, self.config.head_dim).unbind(dim=1)
         q = rope_kv_write(q, k, v, None, kv, meta)
+        mark("rest")
         out, _ = paged_attention(q, kv, meta, self.config.attention_scale)
+        mark("attention")
         return out.view(len(x), -1)

@@ -9,7 +9,9 @@ import pytest
 from engine.batch import StepPlan, StepResult
 from engine.errors import EngineStopped
 from engine.step_loop import StepLoop
+from engine.step_profile import StepRecorder
 from engine.step_thread import StepThread
+from kernels.marks import Part
 
 
 class ScriptedCore:
@@ -19,7 +21,12 @@ class ScriptedCore:
         self.scheduler = SimpleNamespace(num_waiting=num_waiting)
         self.execute = execute
         self.applied = 0
-        self._steps = [SimpleNamespace(plan=StepPlan(number, ())) for number in range(num_steps)]
+        self._steps = []
+        for _ in range(num_steps):
+            self.add_step()
+
+    def add_step(self):
+        self._steps.append(SimpleNamespace(plan=StepPlan(len(self._steps), ())))
 
     def plan(self):
         return self._steps.pop(0) if self._steps else None
@@ -29,7 +36,7 @@ class ScriptedCore:
         return []
 
 
-def loop_over(core, stall_s=0.05, thread_setup=lambda: None):
+def loop_over(core, stall_s=0.05, thread_setup=lambda: None, recorder=None):
     failures: asyncio.Queue[EngineStopped] = asyncio.Queue()
     steps = StepLoop(
         core,
@@ -38,6 +45,7 @@ def loop_over(core, stall_s=0.05, thread_setup=lambda: None):
         run_ahead=0,
         stall_s=stall_s,
         thread_setup=thread_setup,
+        recorder=recorder,
     )
     return steps, failures
 
@@ -92,3 +100,34 @@ def test_jobs_run_in_order_on_one_thread_and_their_errors_come_back() -> None:
     with pytest.raises(ZeroDivisionError):
         broken.result(0)
     assert last.done() and done == ["after"]
+
+
+class Notes(StepRecorder):
+    """What the loop told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def start(self) -> None:
+        self.told.append("start")
+
+    def mark(self, part: Part) -> None:
+        self.told.append(part)
+
+    def close(self) -> None:
+        self.told.append("close")
+
+
+async def test_a_loop_is_idle_from_finding_nothing_to_do_until_it_is_woken() -> None:
+    notes = Notes()
+    core = ScriptedCore(execute=lambda step: notes.told.append("step") or StepResult())
+    steps, _ = loop_over(core, recorder=notes)
+    async with steps:
+        await asyncio.sleep(0.01)
+        assert notes.told == ["start", "host"]
+        core.add_step()
+        steps.wake()
+        assert notes.told == ["start", "host", "idle"]
+        steps.wake()
+        await asyncio.sleep(0.05)
+    assert notes.told == ["start", "host", "idle", "step", "host", "idle", "close"]

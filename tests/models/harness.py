@@ -7,6 +7,7 @@ nobody wrote, or to another conversation's, cannot go unnoticed.
 import random
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +36,12 @@ class PagedHarness:
         self._free = random.Random(0).sample(range(num_blocks), num_blocks)
         self._tables: dict[int, list[int]] = {}
 
-    def step(self, *runs: Run, rows: Tensor | None = None) -> Tensor:
-        """Logits [R, V] of `rows`: [R] int64, each run's last row if not given."""
+    def step(self, *runs: Run, rows: Tensor | None = None, **more: Any) -> Tensor:
+        """Logits [R, V] of `rows`: [R] int64, each run's last row if not given; `more` is the decoder's."""
         ends = torch.tensor([0, *(len(run.ids) for run in runs)]).cumsum(0)
         ids = torch.tensor([token for run in runs for token in run.ids])
         return self.decoder.forward(
-            ids, self._meta(runs, ends), self.kv, ends[1:] - 1 if rows is None else rows
+            ids, self._meta(runs, ends), self.kv, ends[1:] - 1 if rows is None else rows, **more
         )
 
     def drop_block(self, conversation: int, index: int) -> None:

@@ -165,3 +165,17 @@ def test_a_step_that_samples_nothing_still_writes_its_kv(pair: tuple[PreTrainedM
     assert nothing.shape == (0, decoder.config.vocab_size)
     next_run = Run(0, len(ids), [5])
     assert_same(silent.step(next_run), harness.step(next_run))
+
+
+def test_marks_name_every_kernel_and_change_nothing(pair: tuple[PreTrainedModel, Decoder]) -> None:
+    _, decoder = pair
+    marks: list[str] = []
+    waits: list[int] = []
+    run, num_layers = Run(0, 0, [1, 2, 3, 4]), decoder.config.num_layers
+    logits = PagedHarness(decoder).step(run, mark=marks.append)
+    assert marks.count("attention") == num_layers and marks.count("linears") == 4 * num_layers + 1
+    assert marks[-1] == "rest" and set(marks) == {"linears", "attention", "rest"}
+    marks.clear()
+    PagedHarness(decoder).step(run, mark=marks.append, wait_for=waits.append)
+    assert marks.count("copies") == len(waits) == num_layers
+    assert_same(PagedHarness(decoder).step(run), logits)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kernels.marks import PARTS
 from rpc.client import ContinuoClient
 from tools import cli
 from tools.bench import plots, report
@@ -65,6 +66,7 @@ def test_what_is_given_for_the_server_reaches_it_and_nothing_else_does() -> None
             "--server here:1 --policy lru --compare device",
             "--policy, --compare: these are for a server that is",
         ),
+        ("--server here:1 --step-profile", "--step-profile is for a server that is started here"),
         ("--compare two-tier", "--compare two-tier needs a host tier; give --host-kv-tokens N"),
         ("--compare device --stateless", "--stateless is a configuration of --compare"),
         ("--json /no/where/x.json", "nothing can be written to /no/where/x.json: No such file or directory"),
@@ -101,7 +103,7 @@ def test_two_configurations_are_measured_side_by_side(continuo, capsys, tmp_path
     file, folder = tmp_path / "report.json", tmp_path / "plots"
     ended = continuo(
         *("bench", *SHORT, "--compare", "stateless", "two-tier", "--device-kv-tokens", 1024),
-        *("--host-kv-tokens", 4096, "--resume-rate", 1, "--json", file),
+        *("--host-kv-tokens", 4096, "--resume-rate", 1, "--json", file, "--step-profile"),
     )
     assert ended.returncode == 0, ended.stderr
     assert [line.partition(":")[0] for line in ended.stderr.splitlines()] == [
@@ -119,12 +121,22 @@ def test_two_configurations_are_measured_side_by_side(continuo, capsys, tmp_path
     for row in ("turns/s", "TTFT ms p50/p90/p99", "normalised ms mean/p90", "device/host/recomputed %"):
         assert row in ended.stdout
     assert "normalised latency: E2E / tokens of the reply" in ended.stdout
+    for point in told["points"]:
+        for group in point["steps"]:
+            assert sum(group[part] for part in PARTS) == pytest.approx(
+                group["seconds"], abs=1e-6 * group["steps"]
+            )
+        assert {group["kind"] for group in point["steps"]} >= {"decoding", "prompts"}
+        assert 0.5 < sum(group["seconds"] for group in point["steps"]) <= 3.5
+    assert "steps of stateless, 4 conversations: milliseconds" in ended.stdout
+    assert "idle: there was nothing to compute" in ended.stdout
 
     assert cli.main(["bench", "--from", str(file)]) == 0
     assert capsys.readouterr().out == ended.stdout
     pytest.importorskip("matplotlib")
     assert cli.main(["bench", "--from", str(file), "--plots", str(folder)]) == 0
     names = {"throughput.png", "ttft.png", "hits_1_stateless.png", "hits_2_two-tier.png"}
+    names |= {"steps_1.png", "steps_2.png"}
     assert {path.name for path in folder.iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
 

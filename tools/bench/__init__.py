@@ -6,6 +6,7 @@ population  who talks when: Poisson arrivals or a fixed number, from the steady 
 driver      holds the conversations, notes when what came
 generator   the process in which it does
 metrics     definitions and arithmetic
+steps       where the time of the server's steps went
 plan        what the arguments ask for
 sweep       point by point, configurations taking turns at every load
 report      table and JSON; plots draws, progress tells how far it is
@@ -74,7 +75,7 @@ async def _sweep(planned: Plan, chosen: Namespace, told: report.Report) -> None:
 
 
 def _show(told: report.Report, chosen: Namespace) -> None:
-    parts = [report.table(told), compare.pair_by_pair(told)]
+    parts = [report.table(told), report.steps_table(told), compare.pair_by_pair(told)]
     if chosen.at_normalised_ms is not None:
         parts.append(compare.at_equal_latency(told, chosen.at_normalised_ms))
     parts += ["\n".join(report.notes(told)), report.definitions(told)]

@@ -60,6 +60,8 @@ class Observed:
     server_cpu_s: float | None = None
     server: dict[str, str] = field(default_factory=dict)
     lost: str = ""
+    measured_from_s: float = 0.0  # by time.monotonic, which all processes share
+    steps: list[dict[str, Any]] = field(default_factory=list)  # where their time went, if that was asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ async def _measure(
 
     async def read_at_start() -> None:
         await asyncio.sleep(warmup_s)
+        observed.measured_from_s = time.monotonic()
         readings.append((driver.now_s, time.process_time(), cpu_seconds(order.server_pid)))
 
     async def tell() -> None:

@@ -164,6 +164,11 @@ def _loads(chosen: Namespace, is_recorded: bool) -> list[Load]:
 def _configurations(chosen: Namespace) -> list[Configuration]:
     given = {name: getattr(chosen, name) for name in SERVER_ARGUMENTS if name in chosen}
     if chosen.server is not None:
+        if chosen.step_profile:
+            raise UsageError(
+                "--step-profile is for a server that is started here; start yours with `continuo serve "
+                "--step-profile FILE`"
+            )
         if given or chosen.compare:
             names = ", ".join(
                 f"--{name.replace('_', '-')}" for name in (*given, *(["compare"] if chosen.compare else []))

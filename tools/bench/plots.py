@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.bench.report import Report, load_of, merged, title_of
+from kernels.marks import PARTS
+from tools.bench.report import Report, load_of, merged, steps_of, title_of
+from tools.bench.steps import TITLES
 
 HOW = "no plots: they need matplotlib; install it with: pip install '.[bench]'"
 
@@ -27,6 +29,10 @@ def draw_all(report: Report, folder: Path) -> str:
         for number, point in enumerate(report["points"], start=1)
         if point["series"]
     ]
+    drawn += [
+        _drawn(folder / f"steps_{number}.png", _steps, titled)
+        for number, titled in enumerate(steps_of(report).items(), start=1)
+    ]
     return f"plots: {', '.join(map(str, drawn))}"
 
 
@@ -36,7 +42,8 @@ def _drawn(path: Path, draw: Callable[[Any, Any], None], what: Any) -> Path:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     draw(axes, what)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_legend() is None:
+        axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
@@ -93,3 +100,21 @@ def _hits(axes: Any, point: dict[str, Any]) -> None:
         ylabel="tokens of history per second",
         title=f"{point['configuration']}: {title_of(load_of(point))}",
     )
+
+
+def _steps(axes: Any, titled: tuple[str, list[dict[str, Any]]]) -> None:
+    """A bar per group of steps, its parts one after the other as shares of the group's time."""
+    title, groups = titled
+    each_ms = [1e3 * group["seconds"] / group["steps"] for group in groups]
+    names = [
+        f"{group['kind']} {group['segments']}\n{group['steps']:,} x {ms:.2f} ms"
+        for group, ms in zip(groups, each_ms, strict=True)
+    ]
+    left = [0.0] * len(groups)
+    for part in PARTS:
+        shares = [100 * group[part] / group["seconds"] for group in groups]
+        axes.barh(names, shares, left=left, label=TITLES.get(part, part))
+        left = [before + share for before, share in zip(left, shares, strict=True)]
+    axes.invert_yaxis()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=len(PARTS), columnspacing=1.0)
+    axes.set(xlabel="% of the time of the steps", title=f"steps of {title}", xlim=(0, 100))

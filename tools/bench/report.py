@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from kernels import __version__
+from tools.bench import steps
 from tools.bench.generator import Observed
 from tools.bench.metrics import DEFINITIONS, rows, series, summary
 from tools.bench.plan import Plan, Point
@@ -37,7 +38,7 @@ def new_report(plan: Plan, chosen: Namespace) -> Report:
         "load_average_at_start": round(os.getloadavg()[0], 2),
         "workload": plan.workload,
         "settings": {key: _plain(value) for key, value in sorted(vars(chosen).items())},
-        "definitions": DEFINITIONS,
+        "definitions": DEFINITIONS | (steps.DEFINITIONS if chosen.step_profile else {}),
         "points": [],
     }
 
@@ -64,6 +65,7 @@ def add_point(report: Report, plan: Plan, point: Point, observed: Observed) -> d
         "figures": summary(observed, plan.manner.warmup_s, plan.limits),
         "series": series(observed.samples),
         "turns": rows(observed.records),
+        "steps": observed.steps,
     }
     report["points"].append(entry)
     return entry
@@ -138,6 +140,24 @@ def table(report: Report) -> str:
         cells.append(["turns measured", *(f"{point['figures']['turns']:g}" for point in here)])
         blocks.append(f"{title_of(load)}\n{_aligned(cells)}")
     return "\n\n".join(blocks)
+
+
+def steps_table(report: Report) -> str:
+    """Where the time of steps went, a block per load and configuration; empty if nobody asked."""
+    blocks = []
+    for title, groups in steps_of(report).items():
+        blocks.append(
+            f"steps of {title}: milliseconds of a step and their shares\n{_aligned(steps.cells(groups))}"
+        )
+    return "\n\n".join(blocks)
+
+
+def steps_of(report: Report) -> dict[str, list[dict[str, Any]]]:
+    """The groups of steps of each load and configuration, over all repeats."""
+    points: dict[str, list[Mapping[str, Any]]] = {}
+    for point in report["points"]:
+        points.setdefault(f"{point['configuration']}, {title_of(load_of(point))}", []).append(point)
+    return {title: groups for title, each in points.items() if (groups := steps.merged(each))}
 
 
 def notes(report: Report) -> list[str]:

@@ -4,7 +4,7 @@ import asyncio
 import multiprocessing
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rpc.client import Unauthenticated, Unavailable
+from tools.bench import steps
 from tools.bench.generator import Observed, Order, Progress, generate
 from tools.bench.plan import Plan, Point
 from tools.connection import UsageError, credentials, nobody_answers
@@ -43,11 +44,15 @@ async def _measured(
 ) -> Observed:
     token, tls = credentials(chosen)
     async with AsyncExitStack() as stack:
-        server, address = None, chosen.server
+        server, address, profile = None, chosen.server, None
         if address is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
             on_progress(Progress("starting the server", 0.0))
-            server = await ServerProcess.start(*_arguments(chosen.model, point.configuration.flags, folder))
+            flags = list(point.configuration.flags)
+            if chosen.step_profile:
+                profile = folder / "steps.jsonl"
+                flags += ["--step-profile", str(profile)]
+            server = await ServerProcess.start(*_arguments(chosen.model, flags, folder / "data"))
             await stack.enter_async_context(server)
             stack.push_async_callback(server.kill)  # nobody needs what it holds
             address = server.address
@@ -71,12 +76,15 @@ async def _measured(
             raise UsageError(f"{error}; --token-file FILE sends the token in FILE") from None
         if server is not None and observed.lost:
             observed.lost = await _last_words(server, observed.lost)
+        if profile is not None and observed.measured_s:
+            begin_s = observed.measured_from_s
+            observed.steps = steps.read(profile, begin_s, begin_s + observed.measured_s)
         return observed
 
 
-def _arguments(model: Path | str | None, flags: tuple[str, ...], folder: str) -> list[str]:
+def _arguments(model: Path | str | None, flags: Sequence[str], data_dir: Path) -> list[str]:
     name = model.absolute() if isinstance(model, Path) else model
-    return [*([str(name)] if name else []), *flags, "--listen", "127.0.0.1:0", "--data-dir", folder]
+    return [*([str(name)] if name else []), *flags, "--listen", "127.0.0.1:0", "--data-dir", str(data_dir)]
 
 
 async def _last_words(server: ServerProcess, lost: str) -> str:

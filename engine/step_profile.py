@@ -1,0 +1,95 @@
+"""Where the time of every step went, as lines of a file.
+
+A step's time begins when the step before it ended, so nothing is left out: the parts of a step add up to its
+seconds, and the seconds of all steps to the time that has passed.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from engine.batch import StepPlan
+from engine.errors import ConfigError
+from kernels.marks import PARTS, Part
+
+_logger = logging.getLogger(__name__)
+
+
+class StepRecorder:
+    """Told what happens, in order, by whichever thread does it: the step thread while there is a step, else
+    the loop.  This one records nothing; it is what runs unless somebody asks for a profile.
+    """
+
+    def start(self) -> None:
+        """What was marked before does not count."""
+
+    def mark(self, part: Part) -> None:
+        """The time since the last mark went to `part`."""
+
+    def end(self, plan: StepPlan) -> None:
+        """The step that carried out `plan` is over."""
+
+    def close(self) -> None: ...
+
+
+class StepFile(StepRecorder):
+    """Writes a JSON object per step: `step` (its number), `end_s` (by the clock), `tokens`, `segments`,
+    `decode_rows` (segments of one token), `seconds`, and the seconds of every part.
+
+    Each line is in the file when its step ends, so that a server which is killed leaves a whole file.  What
+    writing takes belongs to the next step's host part.  Raises ConfigError if the file cannot be written;
+    where that happens later, recording ends with a warning.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._clock = path, clock
+        self._file: TextIO | None = None
+        try:
+            self._file = path.open("w", buffering=1)
+        except OSError as error:
+            raise ConfigError(f"no step profile can be written to {path}: {error.strerror}") from None
+        self.start()
+
+    def start(self) -> None:
+        self._begun_s = self._at_s = self._clock()
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+
+    def mark(self, part: Part) -> None:
+        now = self._clock()
+        self._seconds[part] += now - self._at_s
+        self._at_s = now
+
+    def end(self, plan: StepPlan) -> None:
+        self.mark("host")
+        lengths = [segment.length for segment in plan.segments]
+        line: dict[str, float] = {
+            "step": plan.number,
+            "end_s": round(self._at_s, 7),
+            "tokens": sum(lengths),
+            "segments": len(lengths),
+            "decode_rows": lengths.count(1),
+            "seconds": round(self._at_s - self._begun_s, 7),
+        }
+        line |= {str(part): round(seconds, 7) for part, seconds in self._seconds.items()}
+        self._begun_s = self._at_s
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+
+    def _write(self, line: str) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(line)
+        except OSError as error:  # no reason for an engine to fail
+            _logger.warning("the step profile %s ends here: %s", self._path, error.strerror)
+            self.close()
