@@ -1,13 +1,12 @@
 """Linear layers whose weight is packed once, so that a few rows stream it at memory speed.
 
-bfloat16 on CPUs with AMX goes to the native kernel (native/linear.c), everything else to oneDNN.  Whether the
-bits of a row depend on how many rows it comes with was measured (torch 2.13, one thread, shapes of 160M to
-0.5B models, 1 to 300 rows):
+bfloat16 goes to the native kernel (native/linear.c) on CPUs with AVX-512 BF16 dots or AMX, everything else to
+oneDNN.  In the native kernel the bits of a row do not depend on how many rows it comes with.  Whether they do
+in oneDNN was measured (torch 2.13, one thread, shapes of 160M to 0.5B models, 1 to 300 rows):
 
     float32             independent from 2 rows on, so fewer than 4 are padded
     bfloat16            independent on CPUs with AVX-512 BF16 dots
-    bfloat16 with AMX   dependent in oneDNN, whose tile kernels split the sum by the number of rows;
-                        independent in the native kernel
+    bfloat16 with AMX   dependent: tile kernels split the sum by the number of rows
 """
 
 import ctypes
@@ -23,13 +22,13 @@ from kernels.native.build import cpu_flags
 from kernels.native.library import Library, LinearArgs
 
 _LEAST_ROWS = 4  # of a float32 product in oneDNN
-_TILE = 32  # inputs and outputs of a pair of tiles in native/linear.c
+_PANEL = 32  # outputs of a panel in native/linear.c, and what inputs are rounded up to
 _CAN_PACK = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def rows_are_independent(dtype: torch.dtype) -> bool:
     """Whether a PackedLinear made now gives a row the same bits alone as among others."""
-    if _tile_library(dtype):
+    if _native_library(dtype):
         return True
     return _CAN_PACK and (dtype == torch.float32 or "amx_bf16" not in cpu_flags())
 
@@ -62,27 +61,27 @@ class PackedLinear:
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    library = _tile_library(weight.dtype)
+    library = _native_library(weight.dtype)
     if library is not None and weight.numel():
-        return _TileProduct(library, weight, bias)
+        return _NativeProduct(library, weight, bias)
     if _CAN_PACK and weight.numel() and weight.dtype in (torch.float32, torch.bfloat16):
         return _OneDnnProduct(weight, bias)
     return lambda x: F.linear(x, weight, bias)
 
 
-def _tile_library(dtype: torch.dtype) -> Library | None:
+def _native_library(dtype: torch.dtype) -> Library | None:
     library = dispatch.library() if dtype == torch.bfloat16 else None
     return library if library is not None and library.linear is not None else None
 
 
-class _TileProduct:
-    """In native C, on the tile unit."""
+class _NativeProduct:
+    """In native C, on a weight in the panels that its inner loops read."""
 
     def __init__(self, library: Library, weight: Tensor, bias: Tensor | None) -> None:
         (outputs, inputs), weight = weight.shape, weight if weight.stride(1) == 1 else weight.contiguous()
-        panels, self._padding = -(-outputs // _TILE), -inputs % _TILE
+        panels, self._padding = -(-outputs // _PANEL), -inputs % _PANEL
         self._outputs, self._linear = outputs, library.linear
-        self._packed = memory.zeros((panels, inputs + self._padding, _TILE), torch.bfloat16)
+        self._packed = memory.zeros((panels, inputs + self._padding, _PANEL), torch.bfloat16)
         self._bias = None if bias is None else bias.detach().contiguous()
         library.pack_linear(
             *(weight.data_ptr(), self._packed.data_ptr()),

@@ -62,8 +62,8 @@ class Library:
     silu_mul: Any  # (x, out, rows, size, stride, is_bf16, threads)
     gelu_mul: Any  # the same
     rope_kv_write: Any  # (RopeArgs, q, k, v, cos_sin | None, kv, out)
-    linear: Any  # (LinearArgs, x, out, rows, threads); None without AMX
-    pack_linear: Any  # (weight, packed, N, K, stride, threads); None without AMX
+    linear: Any  # (LinearArgs, x, out, rows, threads); None without dots of bf16
+    pack_linear: Any  # (weight, packed, N, K, stride, threads); the same
 
 
 def load(isa: InstructionSet) -> Library:
@@ -77,7 +77,7 @@ def load(isa: InstructionSet) -> Library:
         found.argtypes, found.restype = arguments, result
         return found
 
-    has_tiles = "amx_bf16" in isa.cpu_flags
+    has_dots = "avx512_bf16" in isa.cpu_flags
     return Library(
         isa,
         function("paged_attention", c_int, POINTER(AttentionArgs), *[c_void_p] * 4),
@@ -85,6 +85,6 @@ def load(isa: InstructionSet) -> Library:
         function("silu_mul", None, *[c_void_p] * 2, *[c_int64] * 5),
         function("gelu_mul", None, *[c_void_p] * 2, *[c_int64] * 5),
         function("rope_kv_write", None, POINTER(RopeArgs), *[c_void_p] * 6),
-        function("linear", None, POINTER(LinearArgs), *[c_void_p] * 2, *[c_int64] * 2) if has_tiles else None,
-        function("pack_linear", None, *[c_void_p] * 2, *[c_int64] * 4) if has_tiles else None,
+        function("linear", None, POINTER(LinearArgs), *[c_void_p] * 2, *[c_int64] * 2) if has_dots else None,
+        function("pack_linear", None, *[c_void_p] * 2, *[c_int64] * 4) if has_dots else None,
     )

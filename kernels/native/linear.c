@@ -1,22 +1,30 @@
-/* x W^T + bias in bf16 on the tile unit: kernels/linear.py has the contract.
+/* x W^T + bias in bf16, on the tile unit or by AVX-512's dots: kernels/linear.py has the contract.
  *
  * A weight [N, K] is packed into panels of 32 outputs, [N / 32, K / 2, 32]: each word holds two neighbouring inputs of
  * one output, zeros where N or K end early.  A panel is read from front to back, so few rows stream the weight at the
  * speed of memory.  For many rows, x is cut so that a part of it stays in the L2 cache while all panels pass, and a
- * panel so that a part of it stays in L1 while the rows pass.
+ * panel so that a piece of it stays in L1 while the rows pass.
  *
- * Every element is summed in fp32 over K in ascending order, 32 inputs at a time, and a cut moves no addition: the
- * bits of a row depend neither on the other rows nor on the number of threads.
+ * Every element is one sum in fp32 over K in ascending order, and a cut moves no addition: the bits of a row depend
+ * neither on the other rows nor on the number of threads.
  */
 #include "product.h"
 
-#if defined(__AMX_BF16__)
+#if PAIRS
 
-enum { PANEL = 32, ROWS = 32 };             /* outputs and rows of one product: two tiles each */
-enum { MOST_ROWS = 512, L2_BYTES = 5 << 18 }; /* of a part of x */
-enum { L1_STEPS = 128 };                    /* of a part of a panel: 16 KB, and as much again of the rows that pass */
-enum { AHEAD = 1 << 14 };                   /* bytes: where few rows read next, early enough for DRAM */
-enum { WORTH_A_THREAD = 1 << 15 };          /* elements: below this, waking threads costs more than they save */
+enum { PANEL = 32, DEEP = 16 };           /* outputs of a panel, and the steps that K is rounded up to: two tiles */
+enum { MOST_ROWS = 512, L1_STEPS = 128 }; /* of a part of x; of a piece of a panel: 16 KB */
+enum { AHEAD = 1 << 14 };                 /* bytes: where few rows read next, early enough for DRAM */
+enum { SHARES = 4 };                      /* of a thread in the panels */
+enum { WORTH_A_THREAD = 1 << 15 };        /* elements: below this, waking threads costs more than they save */
+
+#if defined(__AMX_BF16__)
+enum { ROWS = 32, L2_BYTES = 5 << 18 }; /* of one pass: two tiles; of a part of x */
+#define FETCH_TO _MM_HINT_T1
+#else
+enum { ROWS = 14, L2_BYTES = 1 << 19 }; /* of one pass: 28 sums in registers; of a part of x */
+#define FETCH_TO _MM_HINT_T0
+#endif
 
 struct linear { /* mirrored by kernels/native/library.py */
     const uint32_t *weight; /* packed */
@@ -29,11 +37,27 @@ struct scratch { /* of one thread */
     int height; /* rows that the tiles are configured for */
 };
 
-/* c [rows, PANEL] (+)= a [rows, steps] b [steps, PANEL] for rows in one tile or, `below`, two.  Meanwhile it brings
- * nearer what is read next of the weight: if this is the only one of `parts` of x, the bytes AHEAD; if not, its share
- * of those behind b, which are next when all parts have passed. */
-INLINE void multiply_panel(const bool below, const bool fresh, int steps, const uint32_t *a, int64_t a_stride,
-                           const uint32_t *b, float *c, int part, int parts) {
+/* What passes bring nearer of the weight: a lone one the bytes AHEAD of it, several by turns what follows the piece
+ * that they all read. */
+struct fetch {
+    const char *next;
+    int turn, turns;
+};
+
+INLINE void fetch(struct fetch *f, const int lines) {
+    if (f->turns == 1) {
+        UNROLL for (int i = 0; i < lines; i++) _mm_prefetch(f->next + 64 * i, _MM_HINT_T0);
+    } else {
+        for (int i = f->turn; i < lines; i += f->turns) _mm_prefetch(f->next + 64 * i, FETCH_TO);
+    }
+    f->next += 64 * lines;
+}
+
+#if defined(__AMX_BF16__)
+
+/* c [rows, PANEL] (+)= a [rows, steps] b [steps, PANEL] for rows in one tile or, `below`, two. */
+INLINE void multiply_tiled(const bool below, bool fresh, int steps, const uint32_t *a, int64_t a_stride,
+                           const uint32_t *b, float *c, struct fetch next) {
     float *lower = c + 16 * PANEL;
     if (fresh) {
         _tile_zero(0);
@@ -46,13 +70,8 @@ INLINE void multiply_panel(const bool below, const bool fresh, int steps, const 
         if (below) _tile_loadd(2, lower, 4 * PANEL);
         if (below) _tile_loadd(3, lower + 16, 4 * PANEL);
     }
-    const char *next = (const char *)(b + (int64_t)steps * PANEL);
-    for (int s = 0; s < steps; s += STEP, b += STEP * PANEL, next += 4 * STEP * PANEL) {
-        if (parts == 1) {
-            UNROLL for (int i = 0; i < 2 * STEP; i++) _mm_prefetch((const char *)b + AHEAD + 64 * i, _MM_HINT_T0);
-        } else {
-            for (int i = part; i < 2 * STEP; i += parts) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
-        }
+    for (int s = 0; s < steps; s += DEEP, b += DEEP * PANEL) {
+        fetch(&next, 2 * DEEP);
         _tile_loadd(4, a + s, 4 * a_stride);
         _tile_loadd(6, b, 4 * PANEL);
         _tile_dpbf16ps(0, 4, 6);
@@ -70,6 +89,64 @@ INLINE void multiply_panel(const bool below, const bool fresh, int steps, const 
     if (below) _tile_stored(3, lower + 16, 4 * PANEL);
 }
 
+static void multiply_pass(int rows, bool fresh, int steps, const uint32_t *a, int64_t a_stride, const uint32_t *b,
+                          struct scratch *own, float *c, struct fetch next) {
+    if (own->height != rows) configure_tiles(own->height = rows);
+    if (rows <= 16) multiply_tiled(false, fresh, steps, a, a_stride, b, c, next);
+    else multiply_tiled(true, fresh, steps, a, a_stride, b, c, next);
+}
+
+/* The first row of one of several passes: all but the last are full. */
+INLINE int first_row(int rows, int pass, int passes) { return pass < passes ? pass * ROWS : rows; }
+
+#else
+
+/* c [rows, PANEL] (+)= a [rows, steps] b [steps, PANEL]; rows is a constant. */
+INLINE void multiply_fixed(const int rows, bool fresh, int steps, const uint32_t *a, int64_t a_stride,
+                           const uint32_t *b, float *c, struct fetch next) {
+    lanes left[ROWS], right[ROWS];
+    UNROLL for (int r = 0; r < rows; r++) {
+        left[r] = fresh ? splat(0) : load(c + r * PANEL);
+        right[r] = fresh ? splat(0) : load(c + r * PANEL + VL);
+    }
+    for (int s = 0; s < steps; s += 4) {
+        fetch(&next, 8);
+        UNROLL for (int i = 0; i < 4; i++, a++, b += PANEL) {
+            __m512bh y = (__m512bh)load_bits(b), z = (__m512bh)load_bits(b + VL);
+            UNROLL for (int r = 0; r < rows; r++) {
+                __m512bh x = (__m512bh)splat_bits(a[r * a_stride]);
+                left[r] = (lanes)_mm512_dpbf16_ps((__m512)left[r], x, y);
+                right[r] = (lanes)_mm512_dpbf16_ps((__m512)right[r], x, z);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++) {
+        store(c + r * PANEL, left[r]);
+        store(c + r * PANEL + VL, right[r]);
+    }
+}
+
+/* Not inlined: among the caller's variables, the loops would lack registers for their addresses. */
+static __attribute__((noinline)) void multiply_pass(int rows, bool fresh, int steps, const uint32_t *a,
+                                                    int64_t a_stride, const uint32_t *b, struct scratch *own,
+                                                    float *c, struct fetch next) {
+    (void)own;
+#define CASE(n)                                                         \
+    case n:                                                             \
+        multiply_fixed(n, fresh, steps, a, a_stride, b, c, next);       \
+        break;
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+        CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
+    }
+#undef CASE
+}
+
+/* The first row of one of several passes: they are all about as high. */
+INLINE int first_row(int rows, int pass, int passes) { return rows * pass / passes; }
+
+#endif
+
 /* out [rows, count], rows `stride` apart, = sums [rows, PANEL] + bias [count]. */
 static void finish(int rows, int count, const float *sums, const uint16_t *bias, uint16_t *out, int64_t stride) {
     lanes left = bias ? load_bf16(bias, count) : splat(0);
@@ -82,58 +159,61 @@ static void finish(int rows, int count, const float *sums, const uint16_t *bias,
 }
 
 /* The outputs of one panel for up to MOST_ROWS rows of x. */
-static void multiply_rows(const struct linear *w, int64_t panel, int rows, const uint16_t *x, uint16_t *out,
-                          struct scratch *own) {
+static void multiply_panel(const struct linear *w, int64_t panel, int rows, const uint16_t *x, uint16_t *out,
+                           struct scratch *own) {
     int64_t first = panel * PANEL;
     int steps = w->inputs / 2, count = w->outputs - first < PANEL ? w->outputs - first : PANEL;
-    int parts = round_up(rows, ROWS) / ROWS, cut = parts == 1 ? steps : smaller(L1_STEPS, steps);
+    int passes = (rows + ROWS - 1) / ROWS, pieces = (steps + L1_STEPS - 1) / L1_STEPS;
+    int cut = passes == 1 ? steps : round_up((steps + pieces - 1) / pieces, DEEP);
     for (int begin = 0; begin < steps; begin += cut) {
         const uint32_t *b = w->weight + first * steps + begin * PANEL;
         int some = smaller(cut, steps - begin);
-        for (int part = 0; part < parts; part++) {
-            int64_t r = part * ROWS;
-            int height = smaller(ROWS, rows - r);
+        const char *next = (const char *)b + (passes == 1 ? AHEAD : 4 * PANEL * some);
+        for (int pass = 0; pass < passes; pass++) {
+            int64_t r = first_row(rows, pass, passes);
+            int height = first_row(rows, pass + 1, passes) - r;
             const uint32_t *a = (const uint32_t *)(x + r * w->inputs) + begin;
             float *sums = own->sums + r * PANEL;
-            if (own->height != height) configure_tiles(own->height = height);
-            if (parts == 1 && height <= 16) multiply_panel(false, true, some, a, steps, b, sums, 0, 1);
-            else if (parts == 1) multiply_panel(true, true, some, a, steps, b, sums, 0, 1);
-            else if (height <= 16) multiply_panel(false, begin == 0, some, a, steps, b, sums, part, parts);
-            else multiply_panel(true, begin == 0, some, a, steps, b, sums, part, parts);
+            multiply_pass(height, begin == 0, some, a, steps, b, own, sums, (struct fetch){next, pass, passes});
             if (begin + cut >= steps)
                 finish(height, count, sums, w->bias ? w->bias + first : NULL, out + r * w->outputs + first, w->outputs);
         }
     }
 }
 
+/* The first panel of one of n shares.  Threads take the large ones first, so that they end at about the same time. */
+INLINE int64_t first_panel(int64_t panels, int64_t share, int64_t n) {
+    return panels - panels * (n - share) * (n - share) / (n * n);
+}
+
 /* x [rows, K], zeros where K is rounded up -> out [rows, N]. */
 void linear(const struct linear *w, const uint16_t *x, uint16_t *out, int64_t rows, int64_t threads) {
     if (w->outputs * w->inputs < WORTH_A_THREAD) threads = 1;
-    int64_t fit = L2_BYTES / (2 * w->inputs) / ROWS * ROWS;
-    int64_t height = fit < ROWS ? ROWS : fit > MOST_ROWS ? MOST_ROWS : fit, parts = (rows + height - 1) / height;
-    int64_t panels = (w->outputs + PANEL - 1) / PANEL, width = (panels + 4 * threads - 1) / (4 * threads);
-    if (width > 16) width = 16;
-    if (parts >= 2 * threads) width = panels; /* each thread has rows of its own, and pages of `out` */
-    int64_t runs = (panels + width - 1) / width;
+    int64_t fit = L2_BYTES / (2 * w->inputs) / ROWS * ROWS, most = MOST_ROWS / ROWS * ROWS;
+    int64_t height = fit < ROWS ? ROWS : fit > most ? most : fit, parts = (rows + height - 1) / height;
+    int64_t panels = (w->outputs + PANEL - 1) / PANEL, shares = SHARES * threads;
+    height = round_up((rows + parts - 1) / parts, ROWS);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         struct scratch own;
         own.height = 0;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < parts * runs; i++) {
-            int64_t row = i / runs * height, begin = i % runs * width, end = begin + width;
+        for (int64_t i = 0; i < parts * shares; i++) {
+            int64_t row = i / shares * height, share = i % shares, end = first_panel(panels, share + 1, shares);
             int count = rows - row < height ? rows - row : height;
-            for (int64_t p = begin; p < end && p < panels; p++)
-                multiply_rows(w, p, count, x + row * w->inputs, out + row * w->outputs, &own);
+            for (int64_t p = first_panel(panels, share, shares); p < end; p++)
+                multiply_panel(w, p, count, x + row * w->inputs, out + row * w->outputs, &own);
         }
+#if defined(__AMX_BF16__)
         _tile_release();
+#endif
     }
 }
 
 /* weight [N, K], rows `stride` elements apart, -> packed. */
 void pack_linear(const uint16_t *weight, uint32_t *packed, int64_t outputs, int64_t inputs, int64_t stride,
                  int64_t threads) {
-    const int64_t deep = 2 * STEP, steps = (inputs + deep - 1) / deep * STEP;
+    const int64_t deep = 2 * DEEP, steps = (inputs + deep - 1) / deep * DEEP;
     int64_t panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t tile = 0; tile < 2 * panels; tile++) {

@@ -14,9 +14,10 @@ from kernels.linear import PackedLinear, rows_are_independent
 from kernels.native.build import supported
 from tests.kernels.cases import DTYPES, assert_within_noise
 
-needs_tiles = pytest.mark.skipif(
-    not supported() or "amx_bf16" not in supported()[0].cpu_flags,
-    reason="no AMX in this CPU; oneDNN runs in place of the native kernel and is tested by itself",
+BUILDS = [isa for isa in supported() if "avx512_bf16" in isa.cpu_flags]
+needs_dots = pytest.mark.skipif(
+    not BUILDS,
+    reason="no bf16 dots in this CPU; oneDNN runs in place of the native kernel and is tested by itself",
 )
 # [N, K] of the linears of llama-160m and qwen2.5-0.5b, their vocabularies cut short.
 MODEL_SHAPES = [
@@ -25,6 +26,13 @@ MODEL_SHAPES = [
 ]
 # Ends inside a tile in every way, and more than the kernel takes at once.
 ODD_SHAPES = [(1, 1), (1, 33), (15, 31), (17, 32), (33, 34), (100, 72), (65, 1025)]
+
+
+def builds() -> Iterator[None]:
+    """Runs the loop's body once under every build that has the native kernel."""
+    for isa in BUILDS:
+        with dispatch.use("native", isa):
+            yield
 
 
 @contextmanager
@@ -53,42 +61,47 @@ def test_products_agree_with_float64(dtype: torch.dtype, with_bias: bool, implem
         assert_within_noise(linear(x), F.linear, x, weight, bias)
 
 
-@needs_tiles
+@needs_dots
 @pytest.mark.parametrize(("outputs", "inputs"), [*MODEL_SHAPES, *ODD_SHAPES])
-def test_the_tile_kernel_agrees_with_float64_at_every_height(outputs: int, inputs: int) -> None:
+def test_the_native_kernel_agrees_with_float64_at_every_height(outputs: int, inputs: int) -> None:
     weight, bias = torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs).bfloat16()
-    for given in (bias, None):
-        linear = PackedLinear(weight, given)
-        for rows in (1, 15, 16, 17, 32, 33, 79):
-            x = torch.randn(rows, inputs).bfloat16()
-            assert_within_noise(linear(x), F.linear, x, weight, given)
+    heights = (*range(1, 34), 79) if (outputs, inputs) in ODD_SHAPES else (1, 14, 33, 79)
+    for _ in builds():
+        for given in (bias, None):
+            linear = PackedLinear(weight, given)
+            for rows in heights:
+                x = torch.randn(rows, inputs).bfloat16()
+                assert_within_noise(linear(x), F.linear, x, weight, given)
 
 
-@needs_tiles
+@needs_dots
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (70, 4864)])
 def test_many_rows_are_cut_without_a_seam(outputs: int, inputs: int) -> None:
     weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(1100, inputs).bfloat16()
-    assert_within_noise(PackedLinear(weight)(x), F.linear, x, weight)
+    for _ in builds():
+        assert_within_noise(PackedLinear(weight)(x), F.linear, x, weight)
 
 
-@needs_tiles
+@needs_dots
 def test_what_lies_behind_the_operands_is_not_read() -> None:
     weight, x = torch.full((50, 90), torch.nan).bfloat16(), torch.full((40, 90), torch.nan).bfloat16()
     weight[:, :71], x[:, :71] = torch.randn(50, 71), torch.randn(40, 71)
     weight, x = weight[:33, :71], x[:19, :71]
-    out = PackedLinear(weight)(x)
-    # Not so torch's own product of such views: its NaN here come from behind them.
-    assert_within_noise(out, F.linear, x.contiguous(), weight.contiguous())
+    for _ in builds():
+        out = PackedLinear(weight)(x)
+        # Not so torch's own product of such views: its NaN here come from behind them.
+        assert_within_noise(out, F.linear, x.contiguous(), weight.contiguous())
 
 
-@needs_tiles
+@needs_dots
 def test_infinite_and_lost_numbers_stay_in_their_rows() -> None:
-    linear, x = PackedLinear(torch.ones(40, 64).bfloat16()), torch.ones(35, 64).bfloat16()
+    weight, x = torch.ones(40, 64).bfloat16(), torch.ones(35, 64).bfloat16()
     x[3, 5], x[20, 7] = torch.inf, torch.nan
-    out = linear(x)
-    assert out[3].isposinf().all() and out[20].isnan().all()
-    out[3] = out[20] = 64
-    assert (out == 64).all()
+    for _ in builds():
+        out = PackedLinear(weight)(x)
+        assert out[3].isposinf().all() and out[20].isnan().all()
+        out[3] = out[20] = 64
+        assert (out == 64).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -103,29 +116,33 @@ def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> N
             assert torch.equal(linear(x[:rows]), together[:rows]), rows
 
 
-@needs_tiles
+@needs_dots
 def test_bits_depend_neither_on_the_number_of_rows_nor_on_that_of_threads() -> None:
-    assert rows_are_independent(torch.bfloat16)
-    for outputs, inputs in ((96, 768), (160, 4864), (35, 71)):
-        linear = PackedLinear(torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs).bfloat16())
-        x = torch.randn(1100, inputs).bfloat16()
-        with threads(1):
-            together = linear(x)
-            for rows in range(1, 301):
-                assert torch.equal(linear(x[:rows]), together[:rows]), rows
-                assert torch.equal(linear(x[-rows:]), together[-rows:]), rows
-        with threads(2):
-            for rows in (1, 31, 300, 1100):
-                assert torch.equal(linear(x[:rows]), together[:rows]), rows
+    for _ in builds():
+        assert rows_are_independent(torch.bfloat16)
+        for outputs, inputs in ((96, 768), (160, 4864), (35, 71)):
+            linear = PackedLinear(torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs).bfloat16())
+            x = torch.randn(1100, inputs).bfloat16()
+            with threads(1):
+                together = linear(x)
+                for rows in range(1, 301):
+                    assert torch.equal(linear(x[:rows]), together[:rows]), rows
+                    assert torch.equal(linear(x[-rows:]), together[-rows:]), rows
+            for count in (2, 3):
+                with threads(count):
+                    for rows in (1, 13, 31, 300, 1100):
+                        assert torch.equal(linear(x[:rows]), together[:rows]), rows
 
 
-@needs_tiles
+@needs_dots
 @pytest.mark.parametrize(("outputs", "inputs"), MODEL_SHAPES)
 def test_in_the_shapes_of_models_a_row_has_the_same_bits_alone(outputs: int, inputs: int) -> None:
-    linear, x = PackedLinear(torch.randn(outputs, inputs).bfloat16()), torch.randn(80, inputs).bfloat16()
-    together = linear(x)
-    for rows in (1, 8, 16, 17, 32, 33, 79):
-        assert torch.equal(linear(x[:rows]), together[:rows]), rows
+    weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(80, inputs).bfloat16()
+    for _ in builds():
+        linear = PackedLinear(weight)
+        together = linear(x)
+        for rows in (1, 8, 14, 15, 16, 17, 28, 32, 33, 79):
+            assert torch.equal(linear(x[:rows]), together[:rows]), rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -150,7 +167,7 @@ def test_operands_that_do_not_fit_are_refused_with_their_shapes() -> None:
         PackedLinear(torch.randn(6, 4), torch.randn(4))
 
 
-@needs_tiles
+@needs_dots
 def test_a_weight_without_rows_or_columns_gives_what_torch_gives() -> None:
     assert PackedLinear(torch.empty(0, 4).bfloat16())(torch.ones(2, 4).bfloat16()).shape == (2, 0)
     bias: Tensor = torch.randn(3).bfloat16()
@@ -165,7 +182,7 @@ def test_onednn_meets_few_numbers_of_rows_and_none_that_wastes_much(monkeypatch:
         met.add(len(x))
         return F.linear(x, matrix)
 
-    monkeypatch.setattr("kernels.linear._tile_library", lambda dtype: None)
+    monkeypatch.setattr("kernels.linear._native_library", lambda dtype: None)
     matrix = torch.randn(5, 7)
     linear = PackedLinear(matrix, None)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
