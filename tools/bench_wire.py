@@ -24,7 +24,7 @@ from rpc.listen import ServerOptions
 from rpc.server import Server
 from tools.measure import median, model_of_shape, percentile, write_result
 from tools.serve import favour_latency
-from tools.workload import Workload, drive, prompt_ids
+from tools.workload import OverGrpc, Workload, drive, prompt_ids
 
 BATCH = Workload(conversations=8, turns=1, new_tokens=32, reply_tokens=128)
 VOCAB = 30_000
@@ -101,7 +101,7 @@ def through_grpc(address: str, seed: int, with_long: bool) -> float:
 
     async def run() -> float:
         async with ContinuoClient(address) as client:
-            driving = asyncio.create_task(drive(client, BATCH, VOCAB, seed))
+            driving = asyncio.create_task(drive(OverGrpc(client), BATCH, VOCAB, seed))
             if with_long:
                 await asyncio.sleep(0.3)
                 chat = await client.open(ignore_eos=True, temperature=0.0, max_tokens=4)

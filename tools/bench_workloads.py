@@ -15,7 +15,7 @@ from typing import Any
 from rpc.client import ContinuoClient
 from tools.measure import DramRead, median, model_of_shape, percentile, server_arguments, write_result
 from tools.server_process import ServerProcess
-from tools.workload import MANY, ONE, Outcome, Workload, drive
+from tools.workload import MANY, ONE, Outcome, OverGrpc, Workload, drive
 
 PEER_GBPS = 49.0
 PEER_TOKENS_PER_S = {
@@ -44,10 +44,10 @@ async def _measure(shape: str, folder: Path, repeats: int) -> dict[str, Any]:
         await ServerProcess.start(*server_arguments(folder, "--device-kv-tokens", "40000")) as server,
         ContinuoClient(server.address) as client,
     ):
-        await drive(client, Workload(2, 1, 100, 8), VOCAB, seed=99)  # warm
+        await drive(OverGrpc(client), Workload(2, 1, 100, 8), VOCAB, seed=99)  # warm
         for repeat in range(repeats):
             for name, workload in WORKLOADS.items():
-                outcomes[name].append(await drive(client, workload, VOCAB, seed=repeat))
+                outcomes[name].append(await drive(OverGrpc(client), workload, VOCAB, seed=repeat))
     bandwidth.append(DramRead().measure(1.0))
     scale = max(bandwidth) / PEER_GBPS
     figures: dict[str, Any] = {"shape": shape, "dram_read_gbps": [round(value, 1) for value in bandwidth]}

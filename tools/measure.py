@@ -53,10 +53,10 @@ def commit() -> str:
     return head + ("+" if changes else "")
 
 
-def write_result(name: str, figures: dict[str, Any]) -> Path:
-    """`tools/results/NAME.json` with the command, date, commit and machine beside the figures."""
+def write_result(name: str, figures: dict[str, Any], path: Path | None = None) -> Path:
+    """`tools/results/NAME.json`, or `path`, with the command, date, commit and machine beside the figures."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = path or RESULTS / f"{name}.json"
     module = Path(sys.argv[0]).stem
     report = {
         "command": " ".join([f"python -m tools.{module}", *sys.argv[1:]]),
