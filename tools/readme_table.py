@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from tools.bench import compare
+from tools.peers.report import engines_table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -25,7 +26,7 @@ def main() -> None:
     if parser.parse_args().write:
         README.write_text(with_numbers(README.read_text()))
     else:
-        print(set_up(), scoreboard(), table(), tiers(), sep="\n\n")
+        print(set_up(), scoreboard(), table(), cpu(), tiers(), sep="\n\n")
 
 
 def with_numbers(readme: str) -> str:
@@ -34,6 +35,7 @@ def with_numbers(readme: str) -> str:
         ("set-up", set_up()),
         ("scoreboard", scoreboard()),
         ("measured", table()),
+        ("cpu", cpu()),
         ("tiers", tiers()),
     ):
         begin, end = f"<!-- {name}: python -m tools.readme_table --write -->", f"<!-- /{name} -->"
@@ -76,6 +78,27 @@ def table() -> str:
     rows = ["| what | measured | by |", "|---|---|---|"]
     rows += [f"| {what} | {figure} | `{by}` |" for what, figure, by in _rows()]
     return "\n".join(rows) + f"\n\n{_where(_load('wire'))} `by`: a module of `tools`, run with `python -m`."
+
+
+def cpu() -> str:
+    """Continuo beside vLLM and llama.cpp, for every shape that was measured."""
+    parts, commands = [], []
+    for shape in SHAPES:
+        if not (RESULTS / f"peers_{shape}.json").exists():
+            continue
+        result = _load(f"peers_{shape}")
+        header, *rows = engines_table(result["medians"])
+        runs = max(each["runs"] for row in result["medians"].values() for each in row.values())
+        lines = [f"| {shape} | {' | '.join(header[1:])} |", "|---" * len(header) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        versions = "; ".join(result["versions"].values())
+        parts += [
+            "\n".join(lines),
+            f"Medians of {runs} interleaved runs at commit {result['commit']}, beside {versions}. "
+            f"{_where(result)}",
+        ]
+        commands.append(f"    {result['command']}")
+    return "\n\n".join([*parts, "\n".join(["    python -m tools.peers setup DIR", *commands])])
 
 
 def tiers() -> str:
@@ -144,26 +167,15 @@ def _rows() -> list[tuple[str, str, str]]:
         ),
     ]
     for shape in SHAPES:
-        decode, load = _load(f"decode_{shape}"), _load(f"workloads_{shape}")
-        rows += [
+        decode = _load(f"decode_{shape}")
+        rows.append(
             (
                 f"decoding one conversation at {decode['context']} tokens, {shape}",
                 f"{decode['step_ms']} ms per token, {decode['share_of_bandwidth']:.0%} of what "
                 f"{decode['dram_read_gbps']} GB/s of DRAM allow",
                 "bench_decode",
-            ),
-            (
-                f"1 conversation, 8 turns of 200 + 64 tokens, {shape}",
-                f"{load['one']['tokens_per_s']} tokens/s, first token after {load['one']['ttft_mean_ms']} ms",
-                "bench_workloads",
-            ),
-            (
-                f"16 conversations at once, 6 turns of 100 + 64 tokens, {shape}",
-                f"{load['many']['tokens_per_s']} tokens/s, "
-                f"first token after {load['many']['ttft_mean_ms']} ms",
-                "bench_workloads",
-            ),
-        ]
+            )
+        )
     start, qwen = _load("start_demo"), _load("start_qwen2.5-0.5b")
     operations, text, cache = _load("operations"), _load("text"), _load("cache")
     sampling = _load("sampling")["kinds"]["all"]

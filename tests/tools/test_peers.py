@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rpc.client import ContinuoClient
+from tools import readme_table
 from tools.peers import procfs, report, setup
 from tools.peers.clients import LlamaClient, VllmClient
 from tools.peers.engines import NAMES, EngineFailed, Launch, Running, free_port, launch
@@ -329,6 +330,28 @@ def test_tables_show_every_engine_and_mark_what_is_missed_or_was_disturbed() -> 
     assert "2 of 3 runs undisturbed" in many[3]
     told = report.aligned(report.targets_table(report.judged("llama-160m", medians)))
     assert "reached" in told and "MISSED" in told
+
+
+def test_the_readme_shows_the_shapes_that_were_measured(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    assert readme_table.cpu() == "    python -m tools.peers setup DIR"
+    result = {
+        "command": "python -m tools.peers run llama-160m",
+        "date": "2026-11-22",
+        "commit": "abc1234",
+        "machine": {"cpu": "CPU", "cores": 2, "isa": ["avx2"], "memory_gib": 24},
+        "versions": {"vllm": "vLLM 1", "llama.cpp": "llama-server 2"},
+        "medians": a_comparison(125.0),
+    }
+    (tmp_path / "peers_llama-160m.json").write_text(json.dumps(result))
+    lines = readme_table.cpu().splitlines()
+    assert lines[0] == "| llama-160m | Continuo | Continuo --stateless | vLLM prefix cache | llama.cpp |"
+    assert lines[2].startswith(
+        "| 16 conversations, 6 turns of 100 + 64 | 125 tok/s, TTFT 40 ms, ITL 2.0/5 ms |"
+    )
+    told = "Medians of 3 interleaved runs at commit abc1234, beside vLLM 1; llama-server 2."
+    assert any(line.startswith(told) and "2 cores of an CPU" in line for line in lines)
+    assert lines[-1] == "    python -m tools.peers run llama-160m"
 
 
 # -- processes

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tools.random_model import SHAPES
 
 def main() -> int:
     chosen = _parser().parse_args()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it remarks on servers started beside open channels
     if chosen.command == "setup":
         return _setup(chosen.folder)
     with model_of_shape(chosen.shape, chosen.model) as model:
@@ -77,6 +79,8 @@ def _run(chosen: argparse.Namespace, model: Path) -> int:
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(session.measure())
+    except KeyboardInterrupt:
+        session.failures.append("interrupted: what is missing was not measured")
     except EngineFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

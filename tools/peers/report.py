@@ -175,6 +175,8 @@ def cell(workload: str, figures: dict[str, Any]) -> str:
     if workload in ("one", "many"):
         text += f", TTFT {figures['ttft_ms_mean']:.0f} ms"
         text += f", ITL {figures['itl_ms_mean']:.1f}/{figures['itl_ms_p99']:.0f} ms"
+    if "share_of_bandwidth" in figures:
+        text += f", {figures['share_of_bandwidth']:.0%} of what DRAM allows"
     if figures["kept"] < figures["runs"]:
         text += f" ({figures['kept']} of {figures['runs']} runs undisturbed)"
     return text
