@@ -109,7 +109,7 @@ class StepLoop:
     async def _nap(self) -> None:
         """Until something has changed.  Turns that wait while nothing runs must not wait for long."""
         num_waiting = self._core.scheduler.num_waiting
-        self._recorder.mark("host")
+        self._recorder.pause()
         self._is_idle = True
         try:
             await asyncio.wait_for(self._wake.wait(), self._stall_s if num_waiting else None)

@@ -114,6 +114,9 @@ class Notes(StepRecorder):
     def mark(self, part: Part) -> None:
         self.told.append(part)
 
+    def pause(self) -> None:
+        self.told.append("pause")
+
     def close(self) -> None:
         self.told.append("close")
 
@@ -124,10 +127,10 @@ async def test_a_loop_is_idle_from_finding_nothing_to_do_until_it_is_woken() -> 
     steps, _ = loop_over(core, recorder=notes)
     async with steps:
         await asyncio.sleep(0.01)
-        assert notes.told == ["start", "host"]
+        assert notes.told == ["start", "pause"]
         core.add_step()
         steps.wake()
-        assert notes.told == ["start", "host", "idle"]
+        assert notes.told == ["start", "pause", "idle"]
         steps.wake()
         await asyncio.sleep(0.05)
-    assert notes.told == ["start", "host", "idle", "step", "host", "idle", "close"]
+    assert notes.told == ["start", "pause", "idle", "step", "pause", "idle", "close"]

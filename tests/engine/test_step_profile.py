@@ -63,12 +63,19 @@ def test_time_goes_to_the_part_that_is_marked_behind_it(tmp_path) -> None:
     assert (second["tokens"], second["segments"], second["end_s"]) == (0, 0, 115.1875)
 
 
-def test_every_line_is_there_when_its_step_has_ended(tmp_path) -> None:
-    recorder = StepFile(tmp_path / "steps")
-    for number in range(1, 4):
+def test_lines_are_written_some_at_once_and_when_there_is_nothing_to_do(tmp_path) -> None:
+    recorder, path = StepFile(tmp_path / "steps"), tmp_path / "steps"
+    for number in range(StepFile.TOGETHER - 1):
         recorder.end(a_plan(number, 1))
-        assert [line["step"] for line in lines_of(tmp_path / "steps")] == list(range(1, number + 1))
+    assert not lines_of(path)
+    recorder.end(a_plan(0, 1))
+    assert len(lines_of(path)) == StepFile.TOGETHER
+    recorder.end(a_plan(0, 1))
+    recorder.pause()
+    assert len(lines_of(path)) == StepFile.TOGETHER + 1
+    recorder.end(a_plan(0, 1))
     recorder.close()
+    assert len(lines_of(path)) == StepFile.TOGETHER + 2
 
 
 def test_what_nobody_asked_for_leaves_nothing_behind() -> None:
@@ -99,6 +106,7 @@ def test_a_full_disk_ends_the_profile_and_not_the_engine(caplog) -> None:
     recorder = StepFile(Path("/dev/full"))
     for number in range(3):
         recorder.end(a_plan(number, 1))
+        recorder.pause()
     recorder.close()
     (record,) = caplog.records
     assert record.getMessage() == "the step profile /dev/full ends here: No space left on device"
