@@ -7,6 +7,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -138,6 +139,16 @@ def prompt_ids(conversation: int, turn: int, count: int, vocab: int) -> list[int
     return random.Random(conversation * 1000 + turn).choices(range(10, vocab), k=count)
 
 
+@asynccontextmanager
+async def opened(client: Client) -> AsyncIterator[Chat]:
+    """A new conversation, closed at the end however it ends."""
+    chat = await client.open()
+    try:
+        yield chat
+    finally:
+        await chat.close()
+
+
 async def say(
     chat: Chat, token_ids: Sequence[int], reply_tokens: int, conversation: int = 0, turn: int = 0
 ) -> Reply:
@@ -161,11 +172,10 @@ async def drive(client: Client, workload: Workload, vocab: int, seed: int = 0) -
     outcome = Outcome()
 
     async def converse(number: int) -> None:
-        chat = await client.open()
-        for turn in range(workload.turns):
-            ids = prompt_ids(seed * 100 + number, turn, workload.new_tokens, vocab)
-            outcome.replies.append(await say(chat, ids, workload.reply_tokens, number, turn))
-        await chat.close()
+        async with opened(client) as chat:
+            for turn in range(workload.turns):
+                ids = prompt_ids(seed * 100 + number, turn, workload.new_tokens, vocab)
+                outcome.replies.append(await say(chat, ids, workload.reply_tokens, number, turn))
 
     begun = time.perf_counter()
     ended = await asyncio.gather(

@@ -14,7 +14,7 @@ import pytest
 
 from rpc.client import ContinuoClient
 from tools import readme_table
-from tools.peers import procfs, report, setup
+from tools.peers import command, procfs, report, setup
 from tools.peers.clients import LlamaClient, VllmClient
 from tools.peers.engines import NAMES, EngineFailed, Launch, Running, free_port, launch
 from tools.peers.http import PeerError, events
@@ -193,7 +193,7 @@ async def test_all_conversations_have_ended_before_a_failure_is_told() -> None:
     client = FakeClient(reply)
     with pytest.raises(WorkloadFailed, match="1 of 3 conversations failed"):
         await drive(client, Workload(3, 2, 5, 4), 100)
-    assert client.open_chats == 1
+    assert client.open_chats == 0
 
 
 def reply_at(*times: float, tokens: int = 1, sent: float = 0.0, turn: int = 0) -> Reply:
@@ -368,6 +368,22 @@ def test_command_lines_have_the_settings_that_are_best_for_each(tmp_path) -> Non
     assert str(tmp_path / "llama-160m.gguf") in llama.command
     assert set(launches["stateless"].command) - set(launches["continuo"].command) == {"--stateless"}
     assert all("4321" in each.told() for each in launches.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--workloads", "sing"], "'sing' is no workload; there are one, many, decode BxC and prefill N"),
+        ([], "vllm/bin/python is not there: python -m tools.peers setup"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, tmp_path, arguments, complaint) -> None:
+    monkeypatch.setattr("sys.argv", ["peers", "run", "llama-160m", "--peers", str(tmp_path), *arguments])
+    try:
+        code = command.main()
+    except SystemExit as refused:
+        code = refused.code
+    assert code == 2 and complaint in capsys.readouterr().err
 
 
 def test_the_tokenizer_for_llama_cpp_has_pieces_in_ascii() -> None:

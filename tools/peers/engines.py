@@ -20,7 +20,7 @@ from typing import Self
 from rpc.client import ContinuoClient, ContinuoError
 from tools.peers.clients import SERVED_NAME, LlamaClient, VllmClient
 from tools.peers.http import PeerError
-from tools.workload import Client, OverGrpc, WorkloadFailed, say
+from tools.workload import Client, OverGrpc, WorkloadFailed, opened, say
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOTS = 32
@@ -163,11 +163,8 @@ class Running:
         while True:
             self._check()
             try:
-                chat = await self.client.open()
-                try:
+                async with opened(self.client) as chat:
                     await say(chat, [11, 12, 13], 1)
-                finally:
-                    await chat.close()
                 return
             except (PeerError, OSError, ContinuoError, WorkloadFailed):  # still loading
                 await asyncio.sleep(0.05)

@@ -65,8 +65,12 @@ class Watch:
         self._at = time.perf_counter()
         self._own, self._all = cpu_s(self._pids), busy_s()
 
+    def own_cpu_s(self) -> float:
+        """CPU seconds of this process and `pids`."""
+        return cpu_s(self._pids) - self._own
+
     def foreign_cores(self, *started: int) -> float:
         """How many cores others have kept busy on average; `started` are ours that began meanwhile."""
         wall = time.perf_counter() - self._at
-        own = cpu_s(self._pids) - self._own + cpu_s(started)
+        own = self.own_cpu_s() + cpu_s(started)
         return max(0.0, (busy_s() - self._all - own) / wall)

