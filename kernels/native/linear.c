@@ -16,7 +16,7 @@ enum { PANEL = 32, DEEP = 16 };           /* outputs of a panel, and the steps t
 enum { MOST_ROWS = 512, L1_STEPS = 128 }; /* of a part of x; of a piece of a panel: 16 KB */
 enum { AHEAD = 1 << 14 };                 /* bytes: where few rows read next, early enough for DRAM */
 enum { SHARES = 4 };                      /* of a thread in the panels */
-enum { WORTH_A_THREAD = 1 << 15 };        /* elements: below this, waking threads costs more than they save */
+enum { WORTH_A_THREAD = 1 << 18 };        /* weights, once a pass: below this, threads are not worth waking */
 
 #if defined(__AMX_BF16__)
 enum { ROWS = 32, L2_BYTES = 5 << 18 }; /* of one pass: two tiles; of a part of x */
@@ -188,7 +188,7 @@ INLINE int64_t first_panel(int64_t panels, int64_t share, int64_t n) {
 
 /* x [rows, K], zeros where K is rounded up -> out [rows, N]. */
 void linear(const struct linear *w, const uint16_t *x, uint16_t *out, int64_t rows, int64_t threads) {
-    if (w->outputs * w->inputs < WORTH_A_THREAD) threads = 1;
+    if (w->outputs * w->inputs * ((rows + ROWS - 1) / ROWS) < WORTH_A_THREAD) threads = 1;
     int64_t fit = L2_BYTES / (2 * w->inputs) / ROWS * ROWS, most = MOST_ROWS / ROWS * ROWS;
     int64_t height = fit < ROWS ? ROWS : fit > most ? most : fit, parts = (rows + height - 1) / height;
     int64_t panels = (w->outputs + PANEL - 1) / PANEL, shares = SHARES * threads;
