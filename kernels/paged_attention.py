@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.checks import described
 from kernels.native.library import AttentionArgs
 
 _ROWS_AT_ONCE = 256  # bounds the score matrix of the reference: [G, 256 * H / G, keys] in fp32
+_ALIGNMENT = 4  # bytes: pairs of bf16 are read as one word
 _MOST_POSITIONS = 2**31 - 1024  # positions are 32-bit in the C kernel, which rounds them up to whole chunks
 
 
@@ -126,16 +128,17 @@ def paged_attention(
     The native kernel gives a row the same bits alone and in any batch, alone and among rows of its segment.
     Raises ValueError for arguments that do not fit together.
     """
-    library = dispatch.library()
-    if library is None or not _native_covers(q, kv):
-        return paged_attention_ref(q, kv, meta, scale, window, softcap)
-    key = (library, q.shape, q.dtype, kv.shape, kv.stride(0), scale, window, softcap)
+    library, kv_address = dispatch.library(), kv.data_ptr()
+    dtypes = q.dtype, kv.dtype
+    key = (library, q.shape, kv.shape, kv.stride(), dtypes, scale, window, softcap, kv_address % _ALIGNMENT)
     plan = meta.plans.get(key)
     if plan is None:
         plan = meta.plans[key] = _plan(q, kv, meta, scale, window, softcap)
+    if library is None or not _native_covers(q, kv):
+        return paged_attention_ref(q, kv, meta, scale, window, softcap)
     q = q.contiguous()
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32)
-    if library.paged_attention(plan, q.data_ptr(), kv.data_ptr(), out.data_ptr(), lse.data_ptr()):
+    if library.paged_attention(plan, q.data_ptr(), kv_address, out.data_ptr(), lse.data_ptr()):
         raise MemoryError(f"no memory for the partial results of {len(q)} rows of attention")
     return out, lse
 
@@ -171,16 +174,20 @@ def _plan(
 
 
 def _check(q: Tensor, kv: Tensor, meta: AttnMeta, window: int | None, softcap: float | None) -> None:
-    """What the native kernel takes for granted.  Raises ValueError, which names the argument."""
+    """What the kernels take for granted.  Raises ValueError, which names the argument."""
+    if q.dim() != 3 or q.shape[2] % 2 or not q.is_floating_point():
+        raise ValueError(f"q must be [T, H, D] of a float dtype with an even D, got {described(q)}")
     rows, heads, size = q.shape
-    blocks, two, kv_heads, slots, kv_size = kv.shape
     if kv.dtype != q.dtype:
         raise ValueError(f"kv must have q's dtype {q.dtype}, got {kv.dtype}")
-    if two != 2 or kv_size != size or heads % kv_heads or size % 2:
-        wanted = f"[B, 2, G, P, {size}] with an even {size} and a G that divides {heads}"
+    if kv.dim() != 5 or kv.shape[1] != 2 or kv.shape[4] != size or 0 in kv.shape[2:] or heads % kv.shape[2]:
+        wanted = f"[B, 2, G, P, {size}] with a G that divides {heads}"
         raise ValueError(f"kv must be {wanted} to go with q {list(q.shape)}, got {list(kv.shape)}")
+    blocks, slots = kv.shape[0], kv.shape[3]
     if blocks and not kv[0].is_contiguous():
-        raise ValueError(f"each block of kv must be contiguous, got strides {kv.stride()}")
+        raise ValueError(f"each block of kv must be contiguous, got {described(kv)}")
+    if kv.data_ptr() % _ALIGNMENT:
+        raise ValueError(f"kv must begin at a multiple of {_ALIGNMENT} bytes, got {kv.data_ptr():#x}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 or None, got {window}")
     if softcap is not None and not 0 < softcap < torch.inf:

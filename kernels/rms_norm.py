@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.checks import described
 from kernels.native.library import NormArgs
 
 
@@ -20,11 +21,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight.  x: [..., N], weight: [N] in x's dtype or fp32 -> as x, contiguous.
 
     Normalised in fp32, rounded to the weight's dtype, then multiplied by it: the order models are trained in.
+    Raises ValueError for arguments that do not fit together.
     """
+    _check(x, weight)
     library = dispatch.library()
     if library is None or not dispatch.covers(x):
         return rms_norm_ref(x, weight, eps)
-    _check(x, weight)
     rows = _rows(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
     out = torch.empty_like(rows)
     args = _arguments(*rows.shape, rows.stride(0), 0, x.dtype, weight.dtype, torch.get_num_threads(), eps)
@@ -33,15 +35,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """s = x + residual; returns (rms_norm(s), s).  x, residual: [T, N], neither is written."""
+    """s = x + residual; returns (rms_norm(s), s).  x, residual: [T, N], neither is written.
+
+    Raises ValueError for arguments that do not fit together.
+    """
+    _check(x, weight)
+    if x.dim() != 2 or residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(f"residual must be [T, N] like x {described(x)}, got {described(residual)}")
     library = dispatch.library()
     if library is None or not dispatch.covers(x):
         total = x + residual
         return rms_norm_ref(total, weight, eps), total
-    _check(x, weight)
-    if x.dim() != 2 or residual.shape != x.shape or residual.dtype != x.dtype:
-        given = f"{list(x.shape)} {x.dtype} and {list(residual.shape)} {residual.dtype}"
-        raise ValueError(f"x and residual must be [T, N] of one dtype, got {given}")
     x, residual = _rows(x), _rows(residual)
     out, total = torch.empty_like(x), torch.empty_like(x)
     strides = x.stride(0), residual.stride(0)
@@ -52,13 +56,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
+    if not x.is_floating_point() or not x.dim() or x.data_ptr() % x.itemsize:
+        raise ValueError(f"x must be [..., N] of a float dtype, got {described(x)}")
+    dtype = weight.dtype
     if (
-        x.shape[-1:] != weight.shape
+        weight.shape != x.shape[-1:]
+        or not (dtype == x.dtype or dtype == torch.float32)
         or not weight.is_contiguous()
-        or weight.dtype not in (x.dtype, torch.float32)
+        or weight.device != x.device
     ):
-        given = f"{weight.dtype} {list(weight.shape)}"
-        raise ValueError(f"x {x.dtype} {list(x.shape)} does not fit weight {given}")
+        wanted = f"contiguous [{x.shape[-1]}] in float32 or x's dtype"
+        raise ValueError(f"weight must be {wanted}, got {described(weight)} for x {described(x)}")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.checks import described
 from kernels.native.library import RopeArgs
 from kernels.paged_attention import AttnMeta
 
@@ -41,32 +42,44 @@ def rope_kv_write(
     together.
     """
     library = dispatch.library()
-    if library is None or not dispatch.covers(q):
-        return rope_kv_write_ref(q, k, v, cos_sin, kv, meta)
-    strides = q.stride(), k.stride(), v.stride(), kv.stride(0)
-    turns = None if cos_sin is None else cos_sin.shape
-    key = (q.shape, k.dtype, v.dtype, q.dtype, turns, kv.shape, strides)
+    dtypes = q.dtype, k.dtype, v.dtype, kv.dtype
+    strides = q.stride(), k.stride(), v.stride(), kv.stride()
+    turns = None if cos_sin is None else (cos_sin.shape, cos_sin.stride(), cos_sin.dtype)
+    at = q.data_ptr(), k.data_ptr(), v.data_ptr(), kv.data_ptr()
+    misaligned = (at[0] | at[1] | at[2] | at[3]) % q.itemsize
+    key = (q.shape, k.shape, v.shape, kv.shape, dtypes, strides, turns, misaligned)
     plan = meta.plans.get(key)
     if plan is None:
         plan = meta.plans[key] = _plan(q, k, v, cos_sin, kv, meta)
+    if library is None or not dispatch.covers(q):
+        return rope_kv_write_ref(q, k, v, cos_sin, kv, meta)
     out = torch.empty_like(q)
     angles = None if cos_sin is None else cos_sin.data_ptr()
-    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), angles, kv.data_ptr(), out.data_ptr()
-    library.rope_kv_write(plan, *addresses)
+    library.rope_kv_write(plan, *at[:3], angles, at[3], out.data_ptr())
     return out
 
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None, kv: Tensor, meta: AttnMeta) -> object:
     """What the native kernel needs to know beyond addresses: checked once per step, used by every layer."""
+    if q.dim() != 3 or q.shape[2] % 2 or not q.is_floating_point():
+        raise ValueError(f"q must be [T, H, D] of a float dtype with an even D, got {described(q)}")
     rows, heads, size = q.shape
+    if kv.dim() != 5 or kv.shape != (*kv.shape[:1], 2, *kv.shape[2:4], size) or 0 in kv.shape[2:]:
+        raise ValueError(f"kv must be [B, 2, G, P, {size}] to go with q {described(q)}, got {described(kv)}")
     blocks, _, kv_heads, slots, _ = kv.shape
+    if (blocks and not kv[0].is_contiguous()) or kv.data_ptr() % kv.itemsize:
+        raise ValueError(f"each block of kv must be contiguous and aligned, got {described(kv)}")
     for name, x, count in (("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads)):
-        if x.shape != (rows, count, size) or x.dtype != kv.dtype or x.stride()[1:] != (size, 1):
-            wanted = f"{kv.dtype} {[rows, count, size]} with strides (any, {size}, 1)"
-            raise ValueError(f"{name} must be {wanted}, got {x.dtype} {list(x.shape)} with {x.stride()}")
-    if kv.shape != (blocks, 2, kv_heads, slots, size) or (blocks and not kv[0].is_contiguous()):
-        given = f"{list(kv.shape)} with strides {kv.stride()}"
-        raise ValueError(f"kv must be [B, 2, G, P, {size}] with contiguous blocks, got {given}")
+        if (
+            x.shape != (rows, count, size)
+            or x.dtype != kv.dtype
+            or x.stride()[1:] != (size, 1)
+            or x.data_ptr() % x.itemsize
+        ):
+            wanted = (
+                f"{str(kv.dtype).removeprefix('torch.')} {[rows, count, size]} with strides (any, {size}, 1)"
+            )
+            raise ValueError(f"{name} must be {wanted}, got {described(x)}")
     if cos_sin is not None:
         _check_angles(cos_sin, size, meta.positions)
     if rows != meta.positions.numel():
@@ -95,8 +108,9 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None, kv: Tensor, m
 
 
 def _check_angles(cos_sin: Tensor, size: int, positions: Tensor) -> None:
-    if cos_sin.dtype != torch.float32 or cos_sin.shape[1] != size or not cos_sin.is_contiguous():
-        raise ValueError(f"cos_sin must be float32 [M, {size}], got {cos_sin.dtype} {list(cos_sin.shape)}")
+    fits = cos_sin.dim() == 2 and cos_sin.shape[1] == size and cos_sin.is_contiguous()
+    if not fits or cos_sin.dtype != torch.float32:
+        raise ValueError(f"cos_sin must be contiguous float32 [M, {size}], got {described(cos_sin)}")
     least, most = (int(positions.min()), int(positions.max())) if positions.numel() else (0, -1)
     if least < 0 or most >= len(cos_sin):
         raise ValueError(f"positions {least} .. {most} are not all in the {len(cos_sin)} rows of cos_sin")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import dispatch
+from kernels.checks import described
 
 
 def silu_mul_ref(x: Tensor) -> Tensor:
@@ -16,7 +17,7 @@ def silu_mul_ref(x: Tensor) -> Tensor:
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """silu(gate) * up.  x: [T, 2F], the gate first -> [T, F] in x's dtype."""
+    """silu(gate) * up.  x: [T, 2F], the gate first -> [T, F] in x's dtype.  ValueError for another x."""
     library = dispatch.library()
     return _gate(x, silu_mul_ref, None if library is None else library.silu_mul)
 
@@ -33,9 +34,9 @@ def gelu_mul(x: Tensor) -> Tensor:
 
 
 def _gate(x: Tensor, ref: Callable[[Tensor], Tensor], native: Any) -> Tensor:
+    if x.dim() != 2 or x.shape[1] % 2 or not x.is_floating_point() or x.data_ptr() % x.itemsize:
+        raise ValueError(f"x must be [T, 2F] of a float dtype, gate and up side by side, got {described(x)}")
     rows, width = x.shape
-    if width % 2:
-        raise ValueError(f"x must have two halves, gate and up, got {width} columns")
     if native is None or not dispatch.covers(x):
         return ref(x)
     if x.stride(1) != 1:

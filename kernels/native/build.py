@@ -27,7 +27,9 @@ _FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno"),
     "-ffp-contract=off",  # products are fused where the source says so, never where the compiler likes
 )
+_SANITIZER_FLAGS: tuple[str, ...] = ()  # of compiler and linker; tools/sanitize.sh builds with some
 _TIMEOUT_S = 120
+HOW_TO_GET_ONE = "for native kernels: apt install gcc, or dnf, pacman, apk; then start again"
 
 
 class BuildError(Exception):
@@ -82,7 +84,7 @@ def build(isa: InstructionSet) -> Path:
             return folder / name
     compiler = shutil.which("gcc")
     if compiler is None:
-        raise BuildError("no C compiler found: install gcc")
+        raise BuildError(f"no C compiler found; {HOW_TO_GET_ONE}")
     for folder in folders:
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -98,10 +100,9 @@ def _compile(compiler: str, isa: InstructionSet, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         sources = [str(_HERE / source) for source in _SOURCES]
         objects = [Path(source).with_suffix(".o").name for source in _SOURCES]
-        _run([compiler, *_FLAGS, *isa.compiler_flags, "-c", *sources], work)
-        _run(
-            [compiler, "-shared", "-Wl,-z,defs", *objects, _openmp_runtime(), "-lm", "-o", "kernels.so"], work
-        )
+        _run([compiler, *_FLAGS, *isa.compiler_flags, *_SANITIZER_FLAGS, "-c", *sources], work)
+        linking = ("-shared", "-Wl,-z,defs", *_SANITIZER_FLAGS)
+        _run([compiler, *linking, *objects, openmp_runtime(), "-lm", "-o", "kernels.so"], work)
         os.replace(Path(work) / "kernels.so", target)  # whole or not at all, whoever else builds it now
 
 
@@ -115,15 +116,19 @@ def _run(command: list[str], folder: str) -> None:
         raise BuildError(f"compiling the kernels failed: {' | '.join(errors[:3])} (by {' '.join(command)})")
 
 
-def _openmp_runtime() -> str:
-    """The runtime torch was shipped with, whatever its name; the system's where torch uses that."""
+def openmp_runtime() -> str:
+    """The runtime torch was shipped with, whatever its name; the system's, as a linker calls it, where torch
+    uses that.
+    """
     root = Path(torch.__file__).parent
     shipped = [*root.glob("lib/libgomp*.so*"), *root.parent.glob("torch.libs/libgomp*.so*")]
     return str(shipped[0]) if shipped else "-lgomp"
 
 
 def _fingerprint(isa: InstructionSet) -> str:
-    digest = hashlib.sha256(repr((_FLAGS, isa.compiler_flags, _openmp_runtime())).encode())
+    digest = hashlib.sha256(
+        repr((*_FLAGS, *_SANITIZER_FLAGS, *isa.compiler_flags, openmp_runtime())).encode()
+    )
     for file in (*_SOURCES, *_HEADERS):
         digest.update((_HERE / file).read_bytes())
     return digest.hexdigest()[:16]

@@ -11,7 +11,10 @@ import torch
 import kernels.native.build as native_build
 from kernels import dispatch
 from kernels.native.build import BuildError, build, supported
-from tests.kernels.cases import builds, needs_native
+from kernels.paged_attention import paged_attention, paged_attention_ref
+from kernels.rms_norm import rms_norm, rms_norm_ref
+from kernels.silu_mul import silu_mul, silu_mul_ref
+from tests.kernels.cases import builds, needs_compiler, needs_native, paged
 
 
 @pytest.fixture
@@ -56,17 +59,30 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels() -> None:
     assert len(runtimes) == 1, runtimes
 
 
-@needs_native
 def test_without_a_compiler_torch_runs_and_says_how_to_get_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_choice: object
 ) -> None:
     pretend_package(tmp_path, monkeypatch)
+    monkeypatch.setattr(native_build, "cpu_flags", lambda: native_build.INSTRUCTION_SETS[-1].cpu_flags)
     monkeypatch.setattr(native_build.shutil, "which", lambda name: None)
     assert dispatch.implementation() == "torch"
-    assert dispatch.describe() == "torch (no C compiler found: install gcc)"
+    assert dispatch.describe() == f"torch (no C compiler found; {native_build.HOW_TO_GET_ONE})"
+
+
+def test_a_cpu_without_avx2_runs_torch(monkeypatch: pytest.MonkeyPatch, fresh_choice: object) -> None:
+    monkeypatch.setattr(native_build, "cpu_flags", lambda: frozenset({"sse4_2", "avx", "fma"}))
+    monkeypatch.setattr(dispatch, "load", lambda isa: pytest.fail(f"loaded {isa.name}"))
+    assert dispatch.describe() == "torch (native kernels need Linux on x86-64 with AVX2)"
+    x = torch.randn(3, 8)
+    assert torch.equal(rms_norm(x, x[0], 1e-6), rms_norm_ref(x, x[0], 1e-6))
+    assert torch.equal(silu_mul(x), silu_mul_ref(x))
+    case = paged([2], [30])
+    out, _ = paged_attention(case.q, case.kv, case.meta, case.scale)
+    assert torch.equal(out, paged_attention_ref(case.q, case.kv, case.meta, case.scale)[0])
 
 
 @needs_native
+@needs_compiler
 def test_a_failed_compilation_is_told_with_the_compilers_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_choice: object
 ) -> None:
@@ -77,6 +93,7 @@ def test_a_failed_compilation_is_told_with_the_compilers_words(
 
 
 @needs_native
+@needs_compiler
 def test_an_instruction_set_that_fails_gives_way_to_the_next_and_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_choice: object
 ) -> None:
@@ -95,6 +112,7 @@ def test_an_instruction_set_that_fails_gives_way_to_the_next_and_is_told(
 
 
 @needs_native
+@needs_compiler
 def test_a_build_is_kept_and_a_changed_source_is_built_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +129,19 @@ def test_a_build_is_kept_and_a_changed_source_is_built_anew(
 
 
 @needs_native
+@needs_compiler
+def test_a_build_with_sanitizers_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_package(tmp_path, monkeypatch)
+    plain = build(supported()[-1])
+    monkeypatch.setattr(
+        native_build, "_SANITIZER_FLAGS", ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+    )
+    checked = build(supported()[-1])
+    assert checked != plain and checked.read_bytes() != plain.read_bytes()
+
+
+@needs_native
+@needs_compiler
 def test_a_library_that_others_could_have_written_is_not_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

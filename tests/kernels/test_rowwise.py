@@ -158,25 +158,9 @@ def test_a_slot_or_position_out_of_range_is_refused_before_anything_is_written()
             rope_kv_write(q, k, v, cos_sin, kv[:6], meta)
         with pytest.raises(ValueError, match=r"positions 3 \.\. 11 are not all in the 10 rows of cos_sin"):
             rope_kv_write(q, k, v, cos_sin[:10], kv, meta)
-        with pytest.raises(ValueError, match="v must be torch.float32"):
+        with pytest.raises(ValueError, match="v must be float32"):
             rope_kv_write(q, k, v.double(), cos_sin, kv, meta)
     assert kv.isnan().all()
-
-
-@needs_native
-def test_operands_that_do_not_fit_are_refused_by_name() -> None:
-    x = torch.randn(2, 8)
-    for _ in builds():
-        with pytest.raises(
-            ValueError, match=r"x torch.float32 \[2, 8\] does not fit weight torch.float32 \[7\]"
-        ):
-            rms_norm(x, torch.ones(7), 1e-6)
-        with pytest.raises(
-            ValueError, match=r"must be \[T, N\] of one dtype, got \[2, 8\] torch.float32 and \[1, 8\]"
-        ):
-            add_rms_norm(x, x[:1], torch.ones(8), 1e-6)
-        with pytest.raises(ValueError, match="two halves"):
-            silu_mul(x[:, :7])
 
 
 def test_torch_takes_over_where_it_is_asked_to() -> None:
