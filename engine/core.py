@@ -282,6 +282,7 @@ class EngineCore:
         lost = self.manager.settle(number, step.blocks, () if is_void else step.writes, step.copies, failed)
         self.scheduler.count_lost(lost)
         self._note_times(step, result)
+        self.scheduler.observe(step.plan, result)
         if is_void:
             return []
         now = self._clock.monotonic()

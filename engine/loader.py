@@ -33,6 +33,7 @@ from engine.models.layer_attention import reach
 from engine.profile import QUICK, THOROUGH, Profiler
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
+from engine.step_budget import Pacing
 from engine.step_profile import StepFile, StepRecorder
 from engine.text.tokenizer import Tokenizer
 from engine.text_service import TextService
@@ -115,7 +116,7 @@ def _build(
         pipelined=not config.verify_reloads,
         window=reach(model.layers),
     )
-    scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent)
+    scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent, Pacing())
     core = EngineCore(
         manager, scheduler, parts.runner, clock, model.eos_ids, parts.context_tokens, transfer, recorder
     )
@@ -152,7 +153,7 @@ def _build(
         info,
         model.sampling.over(GREEDY),
         _thread_setup(threads),
-        (*description, f"attention: {dispatch.describe()}"),
+        (*description, f"attention {dispatch.describe()}"),
     )
 
 

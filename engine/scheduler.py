@@ -1,9 +1,10 @@
 """Which tokens the next step computes: one token budget, no phases.
 
-Turns that decode come first, then prompts in chunks, first come first served, then the queue.  A turn that
-was suspended or whose history lost blocks simply has more missing positions than others.  When slots run
-out, the newest running turn is suspended: its blocks become evictable and it goes back to the head of the
-queue.  So is a paused turn, whose reader is slow, as soon as another turn waits.
+Turns that decode come first, then those from the queue that fit begin to run, and then prompts are computed
+in chunks, as `engine.step_budget` shares them out.  A turn that was suspended or whose history lost blocks
+simply has more missing positions than others.  When slots run out, the newest running turn is suspended: its
+blocks become evictable and it goes back to the head of the queue.  So is a paused turn, whose reader is slow,
+as soon as another turn waits.
 
 While no turn wants anything, histories that were appended to are computed ahead of the turn that will need
 them, in slots that are free.
@@ -17,10 +18,12 @@ from itertools import islice
 import numpy as np
 
 from engine.accounting import Share, less_what_was_lost, shares_of, usage_of
-from engine.batch import RowParams, Segment, StepPlan
+from engine.batch import RowParams, Segment, StepPlan, StepResult
 from engine.cache.block import BlockIds, Copy
 from engine.cache.manager import KVCacheManager, Run, Scheduled, Write
 from engine.conversation import Conversation, Turn, TurnState
+from engine.step_budget import Pacing, paced, shared
+from engine.step_times import StepTimes, Work
 from engine.types import RunState, Usage
 
 EARLY_TURNS = 8
@@ -42,10 +45,16 @@ class Step:
 
 
 class Scheduler:
-    def __init__(self, manager: KVCacheManager, max_step_tokens: int, max_concurrent: int) -> None:
+    """Without `pacing` every step takes as many tokens as `max_step_tokens` lets it."""
+
+    def __init__(
+        self, manager: KVCacheManager, max_step_tokens: int, max_concurrent: int, pacing: Pacing | None = None
+    ) -> None:
         self.manager = manager
         self.max_step_tokens = max_step_tokens
         self.max_concurrent = max_concurrent
+        self._pacing = pacing
+        self._times = StepTimes()
         self.on_state: Callable[[Turn, RunState, Usage | None], None] = lambda turn, state, found: None
         self.waiting: deque[Turn] = deque()
         self.running: list[Turn] = []  # in order of arrival
@@ -85,21 +94,18 @@ class Scheduler:
             for turn in [turn for turn in self.running if turn.paused]:
                 self._suspend(turn, now)
         short, self._short = self._short, None
-        order = sorted(self.running, key=lambda turn: (turn is not short, not turn.caught_up))
-        for turn in order:
-            if (
-                turn.state is TurnState.RUNNING
-                and turn.may_compute
-                and parts.num_tokens < self.max_step_tokens
-            ):
-                self._add(parts, turn, now)
-        while len(self.running) < self.max_concurrent and parts.num_tokens < self.max_step_tokens:
-            first = next((turn for turn in self.waiting if not turn.paused), None)
-            if first is None or not self._fits(first):
-                break
-            self.waiting.remove(first)
-            self._start(first, now)
-            self._add(parts, first, now)
+        decoding = [turn for turn in self.running if turn.caught_up or turn is short]
+        for turn in sorted(decoding, key=lambda turn: turn is not short):
+            at_most = self._pacing.least if self._pacing and not turn.caught_up else self.max_step_tokens
+            self._add(parts, turn, at_most, now)
+        self._admit(now)
+        prompts = [
+            turn
+            for turn in self.running
+            if not turn.caught_up and turn.may_compute and turn not in parts.runs
+        ]
+        for turn, chunk in zip(prompts, self._chunks(parts, prompts), strict=True):
+            self._add(parts, turn, chunk, now)
         self._load_early(now)
         if not self.num_waiting and all(turn.paused for turn in self.running):
             self._add_idle(parts, now)
@@ -115,6 +121,11 @@ class Scheduler:
         turns = (*self.running, *self.waiting) if loaded else self.running
         shares = shares_of(turns, parts.runs, loaded)
         return Step(plan, tuple(parts.turns), blocks, tuple(parts.writes), copies, shares)
+
+    def observe(self, plan: StepPlan, result: StepResult) -> None:
+        """A step has ended."""
+        if self._pacing and plan.segments and not plan.loads and result.seconds > 0:
+            self._times.observe(Work.of(plan.segments), result.seconds)
 
     def plan_again(self) -> None:
         """What was planned and has not ended came to nothing: what is missing is found anew."""
@@ -132,10 +143,38 @@ class Scheduler:
 
     # -- private
 
-    def _fits(self, turn: Turn) -> bool:
-        table, manager = turn.conversation.table, self.manager
-        missing = manager.held.num_missing(table, len(turn.conversation.tokens) + 1)
-        return missing <= manager.num_available - manager.held.num_own(table) - self._reserve
+    def _admit(self, now: float) -> None:
+        """Begin to run those of the queue, in its order, that fit beside what running turns still need."""
+        room = self.max_concurrent - len(self.running)
+        if not room or not self.num_waiting:
+            return
+        claimed = sum(self._num_missing(turn) for turn in self.running if not turn.caught_up)
+        for turn in [turn for turn in self.waiting if not turn.paused][:room]:
+            missing = self._num_missing(turn)
+            own = self.manager.held.num_own(turn.conversation.table)
+            if missing > self.manager.num_available - own - self._reserve - claimed:
+                return
+            self.waiting.remove(turn)
+            self._start(turn, now)
+            claimed += missing
+
+    def _num_missing(self, turn: Turn) -> int:
+        """Slots that it lacks to hold its prompt and a token more."""
+        conversation = turn.conversation
+        return self.manager.held.num_missing(conversation.table, len(conversation.tokens) + 1)
+
+    def _chunks(self, parts: "_Parts", prompts: Sequence[Turn]) -> list[int]:
+        """How many tokens of each the step computes, at most."""
+        room, missing, token_s = self.max_step_tokens - parts.num_tokens, [], []
+        for turn in prompts:
+            conversation = turn.conversation
+            end = len(conversation.tokens) + turn.num_pending
+            missing.append(max(1, self.manager.held.num_to_compute(conversation.table, end)))
+            token_s.append(self._times.prompt_token_s(end - missing[-1]))
+        if self._pacing is None or not parts.segments or not self._times.is_known:
+            return shared(room, missing)
+        decode_s = self._times.seconds(Work.of(parts.segments))
+        return paced(self._pacing, room, decode_s, missing, token_s)
 
     @property
     def _reserve(self) -> int:
@@ -186,13 +225,16 @@ class Scheduler:
         conversation.computed.compute(reached)
         self.manager.deactivate(conversation.table, now)
 
-    def _add(self, parts: "_Parts", turn: Turn, now: float) -> None:
-        """Plan the turn's missing positions, as many as budget and slots allow."""
+    def _add(self, parts: "_Parts", turn: Turn, at_most: int, now: float) -> None:
+        """Plan the turn's missing positions, as many as budget and slots allow, and `at_most` so many."""
+        last = min(self.max_step_tokens, parts.num_tokens + at_most)
+        if turn.state is not TurnState.RUNNING or not turn.may_compute or parts.num_tokens >= last:
+            return
         conversation = turn.conversation
         end = len(conversation.tokens) + turn.num_pending
         runs: list[Run] = []
         while True:
-            budget = self.max_step_tokens - parts.num_tokens
+            budget = last - parts.num_tokens
             more = self.manager.schedule(conversation.table, end, budget, now)
             runs += more.runs
             for run in more.runs:

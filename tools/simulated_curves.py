@@ -11,6 +11,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.simulation.profiles import Profile, cpu_profile, gpu_profiles
 from engine.simulation.simulated_engine import CoreSizes
+from engine.step_budget import Pacing
 from tools.bench.driver import People
 from tools.bench.files import trace
 from tools.bench.plan import CONFIGURATIONS, Plan, Point, plan_of
@@ -111,6 +112,7 @@ def setting(
             _value(flags, "max_concurrent", GPU_CONCURRENT if is_gpu else SERVER.max_concurrent)
         ),
         run_ahead=GPU_RUN_AHEAD if is_gpu else SERVER.run_ahead,
+        pacing=None if is_gpu else Pacing(),
     )
     return Setting(profile, sizes, context_tokens, "--stateless" in flags)
 

@@ -54,6 +54,14 @@ class Holdings:
         tokens = np.minimum(self._blocks.num_scheduled[ids], self._shares(len(ids), num_tokens))
         return first * self._block_size + int(tokens[first:].sum())
 
+    def num_to_compute(self, table: BlockTable, num_tokens: int) -> int:
+        """How many of the first `num_tokens` tokens are to be computed so that the last of them can be."""
+        first = self.needed_from(table, num_tokens)
+        ids = table.blocks[first : -(-num_tokens // self._block_size)]
+        shares = self._shares(first + len(ids), num_tokens)[first:]
+        there = np.where(self._worth_loading(ids, first), self._tiers.reloadable(ids), 0)
+        return int((shares - np.minimum(np.maximum(self._blocks.num_scheduled[ids], there), shares)).sum())
+
     def num_cached(self, table: BlockTable, num_tokens: int) -> int:
         """How many of the first `num_tokens` tokens need neither be computed nor be copied: as
         `num_scheduled`, without what is on its way from the host or came from there for the turn that waits.

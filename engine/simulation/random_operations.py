@@ -15,6 +15,7 @@ from engine.cache.costs import CostTable
 from engine.simulation.checked_server import Chat, CheckedServer
 from engine.simulation.contents import VOCAB
 from engine.simulation.simulated_engine import CoreSizes
+from engine.step_budget import Pacing
 from engine.types import ConversationId, FinishReason, SamplingParams, Tenant
 
 MAX_CONVERSATIONS = 7
@@ -68,6 +69,7 @@ class RandomOperations:
             max_step_tokens=rng.choice((5, 7, 16, 40)),
             max_concurrent=rng.choice((2, 3, 5)),
             run_ahead=settings.run_ahead,
+            pacing=rng.choice((None, Pacing(1.5, 1), Pacing(3.0, 4))),
         )
         self._haste = rng.choice((0.3, 0.7, 1.5))  # operations in a second, which is about a step
         context_tokens = min((settings.blocks - 1) * size, MAX_CONTEXT)

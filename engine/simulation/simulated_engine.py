@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.batch import StepResult
 from engine.cache.block_pool import BlockPool
@@ -15,6 +15,7 @@ from engine.errors import InvariantError
 from engine.scheduler import Scheduler, Step
 from engine.simulation.timeline import Timeline
 from engine.simulation.virtual_time import Agenda
+from engine.step_budget import Pacing
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class CoreSizes:
     max_step_tokens: int = 512
     max_concurrent: int = 64
     run_ahead: int = 0
+    pacing: Pacing | None = None
     pipelined: bool = True
 
 
@@ -49,7 +51,7 @@ def build_core(
         costs,
         pipelined=sizes.pipelined,
     )
-    scheduler = Scheduler(manager, sizes.max_step_tokens, sizes.max_concurrent)
+    scheduler = Scheduler(manager, sizes.max_step_tokens, sizes.max_concurrent, sizes.pacing)
     return EngineCore(manager, scheduler, runner, clock, eos_ids, context_tokens, transfer)
 
 
@@ -71,7 +73,8 @@ class SimulatedEngine:
         self.num_steps = 0
         self._timeline, self._agenda, self._run_ahead = timeline, agenda, run_ahead
         self._on_step, self._executes_late = on_step, executes_late
-        self._launched: deque[tuple[Step, StepResult | None]] = deque()
+        self._launched: deque[tuple[Step, StepResult | None, float]] = deque()  # and how long it takes
+        self._busy_until = 0.0
         self._is_dead = False
 
     @property
@@ -95,18 +98,21 @@ class SimulatedEngine:
 
     def _plan(self) -> None:
         while len(self._launched) <= self._run_ahead and (step := self.core.plan()) is not None:
-            is_first = all(result is not None for _, result in self._launched)
+            is_first = all(result is not None for _, result, _ in self._launched)
             result = self.core.execute(step) if is_first and not self._executes_late() else None
-            self._launched.append((step, result))
-            self._agenda.at(self._timeline.launch(step.plan, self._agenda.now), self._end_step)
+            ended = self._timeline.launch(step.plan, self._agenda.now)
+            seconds = ended - max(self._busy_until, self._agenda.now)
+            self._busy_until = ended
+            self._launched.append((step, result, seconds))
+            self._agenda.at(ended, self._end_step)
 
     def _end_step(self) -> None:
         if self._is_dead:
             return
-        step, result = self._launched.popleft()
+        step, result, seconds = self._launched.popleft()
         if result is None:
             result = self.core.execute(step)
         self.num_steps += 1
-        self._on_step(self.core.apply(step, result))
+        self._on_step(self.core.apply(step, replace(result, seconds=seconds)))
         self._plan()
         self.wake()
