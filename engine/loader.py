@@ -153,7 +153,7 @@ def _build(
         info,
         model.sampling.over(GREEDY),
         _thread_setup(threads),
-        (*description, f"attention {dispatch.describe()}"),
+        (*description, f"attention: {dispatch.describe()}"),
     )
 
 
