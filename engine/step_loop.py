@@ -7,6 +7,8 @@ one waiting.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 
 from engine.batch import StepResult
@@ -84,6 +86,7 @@ class StepLoop:
             self._on_failure(self.failed)
 
     async def _steps(self, thread: StepThread) -> None:
+        loop = asyncio.get_running_loop()
         launched: deque[tuple[Step, asyncio.Future[StepResult]]] = deque()
         while launched or not self._stopping:
             self._wake.clear()
@@ -91,20 +94,29 @@ class StepLoop:
                 step = self._core.plan()
                 if step is None:
                     break
-                computing = thread.submit(partial(self._core.execute, step))
-                launched.append((step, asyncio.wrap_future(computing)))
+                computing: asyncio.Future[StepResult] = loop.create_future()
+                done = thread.submit(partial(self._core.execute, step))
+                done.add_done_callback(partial(_hand_over, loop, computing))
+                launched.append((step, computing))
             if not launched:
                 await self._nap()
                 continue
-            step, future = launched.popleft()
+            step, computing = launched.popleft()
+            alarm = loop.call_later(self._stall_s, self._give_up, step, computing)
             try:
-                result = await asyncio.wait_for(asyncio.shield(future), self._stall_s)
-            except TimeoutError:
-                raise TimeoutError(
+                result = await computing
+            finally:
+                alarm.cancel()
+            self._on_step(step, result, self._core.apply(step, result))
+
+    def _give_up(self, step: Step, computing: asyncio.Future[StepResult]) -> None:
+        if not computing.done():
+            computing.set_exception(
+                TimeoutError(
                     f"step {step.plan.number} with {step.plan.num_tokens} tokens "
                     f"made no progress for {self._stall_s:g} s"
-                ) from None
-            self._on_step(step, result, self._core.apply(step, result))
+                )
+            )
 
     async def _nap(self) -> None:
         """Until something has changed.  Turns that wait while nothing runs must not wait for long."""
@@ -117,3 +129,23 @@ class StepLoop:
             raise TimeoutError(
                 f"{num_waiting} turns wait, and for {self._stall_s:g} s no step could be planned"
             ) from None
+
+
+def _hand_over(
+    loop: asyncio.AbstractEventLoop, computing: asyncio.Future[StepResult], done: Future[StepResult]
+) -> None:
+    with suppress(RuntimeError):  # the loop is closed, and nobody waits any more
+        loop.call_soon_threadsafe(_settle, computing, done)
+
+
+def _settle(computing: asyncio.Future[StepResult], done: Future[StepResult]) -> None:
+    """Wakes who awaits the step at once: with `wrap_future`, `shield` and `wait_for` between them it takes
+    three more turns of the loop, while nothing is computed.
+    """
+    if computing.done():  # given up
+        return
+    error = done.exception()
+    if error is None:
+        computing.set_result(done.result())
+    else:
+        computing.set_exception(error)
