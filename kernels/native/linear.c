@@ -34,7 +34,7 @@ struct linear { /* mirrored by kernels/native/library.py */
 
 struct scratch { /* of one thread */
     float sums[MOST_ROWS * PANEL] __attribute__((aligned(64)));
-    int height; /* rows that the tiles are configured for */
+    int height; /* rows that tiles are configured for */
 };
 
 /* What passes bring nearer of the weight: a lone one the bytes AHEAD of it, several by turns what follows the piece
@@ -89,8 +89,10 @@ INLINE void multiply_tiled(const bool below, bool fresh, int steps, const uint32
     if (below) _tile_stored(3, lower + 16, 4 * PANEL);
 }
 
+/* One pass: the same into own->sums from row `first` on. */
 static void multiply_pass(int rows, bool fresh, int steps, const uint32_t *a, int64_t a_stride, const uint32_t *b,
-                          struct scratch *own, float *c, struct fetch next) {
+                          struct scratch *own, int first, struct fetch next) {
+    float *c = own->sums + first * PANEL;
     if (own->height != rows) configure_tiles(own->height = rows);
     if (rows <= 16) multiply_tiled(false, fresh, steps, a, a_stride, b, c, next);
     else multiply_tiled(true, fresh, steps, a, a_stride, b, c, next);
@@ -126,11 +128,12 @@ INLINE void multiply_fixed(const int rows, bool fresh, int steps, const uint32_t
     }
 }
 
-/* Not inlined: among the caller's variables, the loops would lack registers for their addresses. */
+/* One pass: the same into own->sums from row `first` on.  Not inlined: among the caller's variables, the loops would
+ * lack registers for their addresses. */
 static __attribute__((noinline)) void multiply_pass(int rows, bool fresh, int steps, const uint32_t *a,
                                                     int64_t a_stride, const uint32_t *b, struct scratch *own,
-                                                    float *c, struct fetch next) {
-    (void)own;
+                                                    int first, struct fetch next) {
+    float *c = own->sums + first * PANEL;
 #define CASE(n)                                                         \
     case n:                                                             \
         multiply_fixed(n, fresh, steps, a, a_stride, b, c, next);       \
@@ -173,10 +176,10 @@ static void multiply_panel(const struct linear *w, int64_t panel, int rows, cons
             int64_t r = first_row(rows, pass, passes);
             int height = first_row(rows, pass + 1, passes) - r;
             const uint32_t *a = (const uint32_t *)(x + r * w->inputs) + begin;
-            float *sums = own->sums + r * PANEL;
-            multiply_pass(height, begin == 0, some, a, steps, b, own, sums, (struct fetch){next, pass, passes});
-            if (begin + cut >= steps)
-                finish(height, count, sums, w->bias ? w->bias + first : NULL, out + r * w->outputs + first, w->outputs);
+            multiply_pass(height, begin == 0, some, a, steps, b, own, r, (struct fetch){next, pass, passes});
+            if (begin + cut < steps) continue;
+            finish(height, count, own->sums + r * PANEL, w->bias ? w->bias + first : NULL,
+                   out + r * w->outputs + first, w->outputs);
         }
     }
 }
