@@ -49,6 +49,18 @@ def test_a_turn_attends_in_the_step_that_brings_its_blocks() -> None:
     assert turn.reply_ids == stateless_reply([*[1] * 40, *first.tokens[40:41], 9], 1, frozenset())
 
 
+def test_a_turn_is_as_short_as_what_it_computes_whatever_comes_from_the_host() -> None:
+    tiers = TwoTiers(num_slots=60, num_host_slots=80, max_step_tokens=8)
+    long_ago = tiers.tell(1, 12)
+    tiers.bring_to_host(long_ago)
+    others = [tiers.begin(tiers.open(), [2] * 60), tiers.begin(tiers.open(), [3] * 20)]
+    turn = tiers.begin(long_ago, [4] * 4)
+    step = tiers.step()
+    assert step is not None and len(step.plan.loads) == 12
+    assert turn.state is TurnState.FINISHED and not any(other.reply_ids for other in others)
+    tiers.settle(*others)
+
+
 @pytest.mark.parametrize(
     ("num_idle", "stores"), [(22, False), (28, True)], ids=["below a quarter", "below a tenth"]
 )
