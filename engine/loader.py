@@ -41,6 +41,7 @@ from engine.token_log import TokenLog
 from engine.types import Clock, Limits, ModelInfo, SamplingParams
 from kernels import __version__, dispatch
 from kernels.marks import Mark, unmarked
+from kernels.native.openmp import release_threads
 
 _logger = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def _build(
         if config.data_dir
         else "data dir none: conversations end with this process",
     )
+    release_threads()  # this thread has loaded; from here on the step thread computes
     return AsyncEngine(
         config,
         core,

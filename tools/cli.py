@@ -30,6 +30,11 @@ from tools.arguments import (
 )
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+SPINS = "1000"
+"""How often an OpenMP thread looks for work before it sleeps, some 24 us on a Zen 5.  A step of llama-160m,
+batch 1, beside little else: 12.5 ms with none, 11.3 with half, 9.5 with twice, 9.8 with ten times as many,
+which stall it where others want the cores (150 ms, with none 15).  tools/bench_threads.py measures it.
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -481,8 +486,8 @@ def _use_environment(chosen: argparse.Namespace) -> None:
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if chosen.threads is None and threads.isdecimal():
             chosen.threads = int(threads) or None
-    if chosen.command == "serve":
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # an idle server leaves the cores to others
+        if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+            os.environ["GOMP_SPINCOUNT"] = SPINS  # read when torch is loaded
 
 
 def data_dir(text: str | None) -> Path | None:

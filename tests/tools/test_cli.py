@@ -177,6 +177,29 @@ def test_threads_follow_openmp_unless_they_are_given(monkeypatch, talking_model)
         assert chosen.threads == threads
 
 
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [
+        ({}, cli.SPINS),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
+        ({"OMP_NUM_THREADS": "1"}, cli.SPINS),
+    ],
+)
+@pytest.mark.parametrize("words", [["serve"], ["generate", "--prompt", "x"], ["profile"]])
+def test_what_computes_waits_awake_for_a_moment_unless_the_user_says_otherwise(
+    monkeypatch, talking_model, words, own, spins
+):
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # what is set below goes when the test ends
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    cli._use_environment(cli._parser().parse_args([words[0], str(talking_model), *words[1:]]))
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+    assert os.environ.get("OMP_WAIT_POLICY") == own.get("OMP_WAIT_POLICY")
+
+
 @pytest.mark.skipif(not BUNDLED_MODEL.is_dir(), reason="the bundled model is not in this checkout")
 def test_the_bundled_model_is_the_default_and_runs_in_float32():
     for words in (["serve"], ["serve", str(BUNDLED_MODEL)]):
