@@ -26,8 +26,8 @@ class StepRecorder:
     def start(self) -> None:
         """What was marked before does not count."""
 
-    def mark(self, part: Part) -> None:
-        """The time since the last mark went to `part`."""
+    def mark(self, part: Part, seconds: float | None = None) -> None:
+        """The time since the last mark went to `part`, or `seconds` of it."""
 
     def end(self, plan: StepPlan) -> None:
         """The step that carried out `plan` is over."""
@@ -63,8 +63,8 @@ class StepFile(StepRecorder):
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._ended: list[tuple[StepPlan, float, float, dict[Part, float]]] = []
 
-    def mark(self, part: Part) -> None:
-        now = self._clock()
+    def mark(self, part: Part, seconds: float | None = None) -> None:
+        now = self._clock() if seconds is None else self._at_s + seconds
         self._seconds[part] += now - self._at_s
         self._at_s = now
 

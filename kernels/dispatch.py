@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from kernels.native.build import BuildError, InstructionSet, supported
 from kernels.native.library import Library, load
@@ -37,9 +36,9 @@ def library() -> Library | None:
     return (_override or _default()).library
 
 
-def covers(x: Tensor) -> bool:
-    """Whether the native kernels compute in x's dtype; torch takes the others."""
-    return x.dtype == torch.bfloat16 or x.dtype == torch.float32
+def covers(dtype: torch.dtype) -> bool:
+    """Whether the native kernels compute in it; torch takes the others."""
+    return dtype == torch.bfloat16 or dtype == torch.float32
 
 
 def describe() -> str:

@@ -9,7 +9,6 @@ in oneDNN was measured (torch 2.13, one thread, shapes of 160M to 0.5B models, 1
     bfloat16 with AMX   dependent: tile kernels split the sum by the number of rows
 """
 
-import ctypes
 from collections.abc import Callable
 
 import torch
@@ -59,6 +58,12 @@ class PackedLinear:
             raise ValueError(f"x must be {self.dtype} [T, {self.in_features}], got {x.dtype} {list(x.shape)}")
         return self._product(x) if len(x) else x.new_empty(0, self.out_features)
 
+    @property
+    def native_args(self) -> LinearArgs | None:
+        """For native code that computes this on rows of K values; None where it does not, or pads them."""
+        product = self._product
+        return product.args if isinstance(product, _NativeProduct) and not product.padding else None
+
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     library = _native_library(weight.dtype)
@@ -79,22 +84,22 @@ class _NativeProduct:
 
     def __init__(self, library: Library, weight: Tensor, bias: Tensor | None) -> None:
         (outputs, inputs), weight = weight.shape, weight if weight.stride(1) == 1 else weight.contiguous()
-        panels, self._padding = -(-outputs // _PANEL), -inputs % _PANEL
+        panels, self.padding = -(-outputs // _PANEL), -inputs % _PANEL
         self._outputs, self._linear = outputs, library.linear
-        self._packed = memory.zeros((panels, inputs + self._padding, _PANEL), torch.bfloat16)
+        self._packed = memory.zeros((panels, inputs + self.padding, _PANEL), torch.bfloat16)
         self._bias = None if bias is None else bias.detach().contiguous()
         library.pack_linear(
             *(weight.data_ptr(), self._packed.data_ptr()),
             *(outputs, inputs, weight.stride(0), torch.get_num_threads()),
         )
         bias_address = None if self._bias is None else self._bias.data_ptr()
-        padded = inputs + self._padding
-        self._args = ctypes.pointer(LinearArgs(self._packed.data_ptr(), bias_address, outputs, padded))
+        padded = inputs + self.padding
+        self.args = LinearArgs(self._packed.data_ptr(), bias_address, outputs, padded)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, self._padding)) if self._padding else x.contiguous()
+        x = F.pad(x, (0, self.padding)) if self.padding else x.contiguous()
         out = x.new_empty(len(x), self._outputs)
-        self._linear(self._args, x.data_ptr(), out.data_ptr(), len(x), torch.get_num_threads())
+        self._linear(self.args, x.data_ptr(), out.data_ptr(), len(x), torch.get_num_threads())
         return out
 
 

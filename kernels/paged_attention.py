@@ -1,6 +1,7 @@
 """Attention of a step's rows over a paged KV cache, ragged and causal by absolute position."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.checks import described
-from kernels.native.library import AttentionArgs
+from kernels.native.library import AttentionArgs, Library
 
 _ROWS_AT_ONCE = 256  # bounds the score matrix of the reference: [G, 256 * H / G, keys] in fp32
 _ALIGNMENT = 4  # bytes: pairs of bf16 are read as one word
@@ -128,61 +129,93 @@ def paged_attention(
     The native kernel gives a row the same bits alone and in any batch, alone and among rows of its segment.
     Raises ValueError for arguments that do not fit together.
     """
-    library, kv_address = dispatch.library(), kv.data_ptr()
-    dtypes = q.dtype, kv.dtype
-    key = (library, q.shape, kv.shape, kv.stride(), dtypes, scale, window, softcap, kv_address % _ALIGNMENT)
-    plan = meta.plans.get(key)
-    if plan is None:
-        plan = meta.plans[key] = _plan(q, kv, meta, scale, window, softcap)
-    if library is None or not _native_covers(q, kv):
+    if q.dim() != 3 or q.shape[2] % 2 or not q.is_floating_point():
+        raise ValueError(f"q must be [T, H, D] of a float dtype with an even D, got {described(q)}")
+    library = dispatch.library()
+    plan = attention_plan(library, q.shape, q.dtype, kv, meta, scale, window, softcap)
+    if library is None or plan is None:
         return paged_attention_ref(q, kv, meta, scale, window, softcap)
     q = q.contiguous()
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32)
-    if library.paged_attention(plan, q.data_ptr(), kv_address, out.data_ptr(), lse.data_ptr()):
-        raise MemoryError(f"no memory for the partial results of {len(q)} rows of attention")
+    library.paged_attention(plan, q.data_ptr(), kv.data_ptr(), out.data_ptr(), lse.data_ptr())
     return out, lse
 
 
-def _native_covers(q: Tensor, kv: Tensor) -> bool:
-    return dispatch.covers(q) and q.shape[2] <= 256 and kv.shape[3] in (16, 32, 64)
+def attention_plan(
+    library: Library | None,
+    q_shape: Sequence[int],
+    dtype: torch.dtype,
+    kv: Tensor,
+    meta: AttnMeta,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Any:
+    """A pointer to the AttentionArgs of a step, for the native kernel; None where torch computes it.
+
+    Made and checked for a step's first layer and kept in `meta` for the others.  q_shape: [T, H, D].  Raises
+    ValueError for arguments that do not fit together.
+    """
+    cache = kv.dtype, kv.shape, kv.stride(), kv.data_ptr() % _ALIGNMENT
+    key = (library, q_shape, dtype, cache, scale, window, softcap)
+    if key not in meta.plans:
+        _check(q_shape, dtype, kv, meta, window, softcap)
+        meta.plans[key] = None, None
+        if library is not None and native_covers(dtype, q_shape[2], kv.shape[3]):
+            plan = ctypes.pointer(_arguments(q_shape, dtype, kv, meta, scale, window, softcap))
+            memory = torch.empty(library.plan_attention(plan, None), dtype=torch.uint8)
+            library.plan_attention(plan, memory.data_ptr())
+            meta.plans[key] = plan, memory  # which the plan points to
+    return meta.plans[key][0]
 
 
-def _plan(
-    q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None, softcap: float | None
-) -> object:
-    """What the native kernel needs to know beyond q and kv: checked once per step, used by every layer."""
-    _check(q, kv, meta, window, softcap)
-    return ctypes.pointer(
-        AttentionArgs(
-            q_indptr=meta.q_indptr.data_ptr(),
-            first_pos=meta.first_pos.data_ptr(),
-            block_tables=meta.block_tables.data_ptr(),
-            segments=meta.first_pos.numel(),
-            table_width=meta.block_tables.shape[1],
-            heads=q.shape[1],
-            kv_heads=kv.shape[2],
-            size=q.shape[2],
-            slots=kv.shape[3],
-            block_stride=kv.stride(0),
-            window=window or 0,
-            is_bf16=q.dtype == torch.bfloat16,
-            threads=torch.get_num_threads(),
-            scale=scale,
-            softcap=softcap or 0.0,
-        )
+def native_covers(dtype: torch.dtype, size: int, slots: int) -> bool:
+    return dispatch.covers(dtype) and size <= 256 and slots in (16, 32, 64)
+
+
+def _arguments(
+    q_shape: Sequence[int],
+    dtype: torch.dtype,
+    kv: Tensor,
+    meta: AttnMeta,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> AttentionArgs:
+    return AttentionArgs(
+        q_indptr=meta.q_indptr.data_ptr(),
+        first_pos=meta.first_pos.data_ptr(),
+        block_tables=meta.block_tables.data_ptr(),
+        segments=meta.first_pos.numel(),
+        table_width=meta.block_tables.shape[1],
+        heads=q_shape[1],
+        kv_heads=kv.shape[2],
+        size=q_shape[2],
+        slots=kv.shape[3],
+        block_stride=kv.stride(0),
+        window=window or 0,
+        is_bf16=dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        scale=scale,
+        softcap=softcap or 0.0,
     )
 
 
-def _check(q: Tensor, kv: Tensor, meta: AttnMeta, window: int | None, softcap: float | None) -> None:
+def _check(
+    q_shape: Sequence[int],
+    dtype: torch.dtype,
+    kv: Tensor,
+    meta: AttnMeta,
+    window: int | None,
+    softcap: float | None,
+) -> None:
     """What the kernels take for granted.  Raises ValueError, which names the argument."""
-    if q.dim() != 3 or q.shape[2] % 2 or not q.is_floating_point():
-        raise ValueError(f"q must be [T, H, D] of a float dtype with an even D, got {described(q)}")
-    rows, heads, size = q.shape
-    if kv.dtype != q.dtype:
-        raise ValueError(f"kv must have q's dtype {q.dtype}, got {kv.dtype}")
+    rows, heads, size = q_shape
+    if kv.dtype != dtype:
+        raise ValueError(f"kv must have q's dtype {dtype}, got {kv.dtype}")
     if kv.dim() != 5 or kv.shape[1] != 2 or kv.shape[4] != size or 0 in kv.shape[2:] or heads % kv.shape[2]:
         wanted = f"[B, 2, G, P, {size}] with a G that divides {heads}"
-        raise ValueError(f"kv must be {wanted} to go with q {list(q.shape)}, got {list(kv.shape)}")
+        raise ValueError(f"kv must be {wanted} to go with q {list(q_shape)}, got {list(kv.shape)}")
     blocks, slots = kv.shape[0], kv.shape[3]
     if blocks and not kv[0].is_contiguous():
         raise ValueError(f"each block of kv must be contiguous, got {described(kv)}")

@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     _check(x, weight)
     library = dispatch.library()
-    if library is None or not dispatch.covers(x):
+    if library is None or not dispatch.covers(x.dtype):
         return rms_norm_ref(x, weight, eps)
     rows = _rows(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
     out = torch.empty_like(rows)
@@ -43,7 +43,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if x.dim() != 2 or residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(f"residual must be [T, N] like x {described(x)}, got {described(residual)}")
     library = dispatch.library()
-    if library is None or not dispatch.covers(x):
+    if library is None or not dispatch.covers(x.dtype):
         total = x + residual
         return rms_norm_ref(total, weight, eps), total
     x, residual = _rows(x), _rows(residual)

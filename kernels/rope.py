@@ -51,7 +51,7 @@ def rope_kv_write(
     plan = meta.plans.get(key)
     if plan is None:
         plan = meta.plans[key] = _plan(q, k, v, cos_sin, kv, meta)
-    if library is None or not dispatch.covers(q):
+    if library is None or not dispatch.covers(q.dtype):
         return rope_kv_write_ref(q, k, v, cos_sin, kv, meta)
     out = torch.empty_like(q)
     angles = None if cos_sin is None else cos_sin.data_ptr()
@@ -80,14 +80,7 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None, kv: Tensor, m
                 f"{str(kv.dtype).removeprefix('torch.')} {[rows, count, size]} with strides (any, {size}, 1)"
             )
             raise ValueError(f"{name} must be {wanted}, got {described(x)}")
-    if cos_sin is not None:
-        _check_angles(cos_sin, size, meta.positions)
-    if rows != meta.positions.numel():
-        raise ValueError(f"q has {rows} rows, meta has {meta.positions.numel()}")
-    if rows:
-        slot = int(meta.slots.max())
-        if slot >= blocks * slots:
-            raise ValueError(f"slot {slot} is beyond the {blocks} blocks of {slots} slots of kv")
+    check_places(cos_sin, kv, meta, rows, size)
     return ctypes.pointer(
         RopeArgs(
             positions=meta.positions.data_ptr(),
@@ -105,6 +98,18 @@ def _plan(q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None, kv: Tensor, m
             threads=torch.get_num_threads(),
         )
     )
+
+
+def check_places(cos_sin: Tensor | None, kv: Tensor, meta: AttnMeta, rows: int, size: int) -> None:
+    """Raises ValueError unless all rows of meta, so many, have places in kv and in cos_sin."""
+    if cos_sin is not None:
+        _check_angles(cos_sin, size, meta.positions)
+    if rows != meta.positions.numel():
+        raise ValueError(f"q has {rows} rows, meta has {meta.positions.numel()}")
+    if rows:
+        slot, (blocks, _, _, slots, _) = int(meta.slots.max()), kv.shape
+        if slot >= blocks * slots:
+            raise ValueError(f"slot {slot} is beyond the {blocks} blocks of {slots} slots of kv")
 
 
 def _check_angles(cos_sin: Tensor, size: int, positions: Tensor) -> None:

@@ -1,7 +1,6 @@
 """Gated activations: silu or gelu of one half times the other, over one fused tensor."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,7 @@ def silu_mul_ref(x: Tensor) -> Tensor:
 
 def silu_mul(x: Tensor) -> Tensor:
     """silu(gate) * up.  x: [T, 2F], the gate first -> [T, F] in x's dtype.  ValueError for another x."""
-    library = dispatch.library()
-    return _gate(x, silu_mul_ref, None if library is None else library.silu_mul)
+    return _gate(x, silu_mul_ref, is_gelu=False)
 
 
 def gelu_mul_ref(x: Tensor) -> Tensor:
@@ -29,19 +27,19 @@ def gelu_mul_ref(x: Tensor) -> Tensor:
 
 def gelu_mul(x: Tensor) -> Tensor:
     """The same with gelu in its tanh approximation."""
-    library = dispatch.library()
-    return _gate(x, gelu_mul_ref, None if library is None else library.gelu_mul)
+    return _gate(x, gelu_mul_ref, is_gelu=True)
 
 
-def _gate(x: Tensor, ref: Callable[[Tensor], Tensor], native: Any) -> Tensor:
+def _gate(x: Tensor, ref: Callable[[Tensor], Tensor], *, is_gelu: bool) -> Tensor:
     if x.dim() != 2 or x.shape[1] % 2 or not x.is_floating_point() or x.data_ptr() % x.itemsize:
         raise ValueError(f"x must be [T, 2F] of a float dtype, gate and up side by side, got {described(x)}")
     rows, width = x.shape
-    if native is None or not dispatch.covers(x):
+    library = dispatch.library()
+    if library is None or not dispatch.covers(x.dtype):
         return ref(x)
     if x.stride(1) != 1:
         x = x.contiguous()
     out = torch.empty((rows, width // 2), dtype=x.dtype)
     is_bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-    native(x.data_ptr(), out.data_ptr(), rows, width // 2, x.stride(0), is_bf16, threads)
+    library.gate(is_gelu, x.data_ptr(), out.data_ptr(), rows, width // 2, x.stride(0), is_bf16, threads)
     return out

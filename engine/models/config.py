@@ -10,7 +10,7 @@ from pathlib import Path
 from engine.errors import InvalidRequest, ModelFolderError
 from engine.models.families import ARCHITECTURES, Activation, Architecture, Family, family_of
 from engine.models.fields import Fields
-from engine.models.layer_attention import LayerAttention, read_layers
+from engine.models.layer_attention import LayerAttention, Rope, read_layers
 from engine.types import SamplingParams
 
 _FIXED = {
@@ -51,6 +51,11 @@ class ModelConfig:
     tied_embeddings: bool  # the head's weight is the embedding
     eos_ids: frozenset[int]  # any of them ends a reply
     sampling: SamplingParams  # the makers' defaults; what they leave open is None
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """The different ones that layers have."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers))
 
     @property
     def num_layers(self) -> int:

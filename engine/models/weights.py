@@ -13,8 +13,9 @@ from torch import Tensor
 from engine.errors import ConfigError
 from engine.models.checkpoint import Checkpoint, Shape
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder, Layer, RotaryDecoder
+from engine.models.decoder import Decoder, RotaryDecoder
 from engine.models.opt import POSITION_OFFSET, OptDecoder, OptLayer, OptNorm
+from kernels.decoder_layers import Layer
 from kernels.linear import PackedLinear
 
 _HEAD = "lm_head.weight"
@@ -45,7 +46,7 @@ def _is_opt(config: ModelConfig) -> bool:
 
 def _rotary_decoder(config: ModelConfig, packer: "_Packer") -> RotaryDecoder:
     head = packer.linear("model.embed_tokens" if config.tied_embeddings else "lm_head")
-    layers = [_layer(packer, config, f"model.layers.{index}") for index in range(config.num_layers)]
+    layers = [_layer(packer, config, index) for index in range(config.num_layers)]
     embedding = packer.mapped("model.embed_tokens.weight")
     return RotaryDecoder(config, embedding, layers, _norm(packer, config, "model.norm"), head)
 
@@ -127,7 +128,8 @@ class _Packer:
         return whole
 
 
-def _layer(packer: _Packer, config: ModelConfig, name: str) -> Layer:
+def _layer(packer: _Packer, config: ModelConfig, index: int) -> Layer:
+    name, sees = f"model.layers.{index}", config.layers[index]
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     qkv, gate_up = _joint_linears(config)
     # Where there are norms behind attention and mlp, the name of the one before the mlp goes to one of those.
@@ -147,6 +149,8 @@ def _layer(packer: _Packer, config: ModelConfig, name: str) -> Layer:
         gate_up=packer.linear(*(f"{mlp}.{part}" for part in gate_up), bias=config.mlp_bias),
         down=packer.linear(f"{mlp}.down_proj", bias=config.mlp_bias),
         mlp_post_norm=norm("post_feedforward_layernorm", config.post_norms),
+        angles=config.ropes.index(sees.rope),
+        window=sees.window,
     )
 
 

@@ -5,25 +5,13 @@
  * order.  No arithmetic depends on which other rows are there or on who does it, so a row's bits are the same alone,
  * in a batch, among many rows of its segment, and whether its chunks ran on one thread or on several.
  */
-#include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
+#include "kernels.h"
 #include "load.h"
 
 enum { CHUNK = 512, ROWS = 32, GRAIN = 32, MAX_SIZE = 256 };
 enum { WORTH_A_THREAD = 1 << 16 }; /* bytes of keys and values: below this, waking threads costs more than they save */
-
-struct attention { /* mirrored by kernels/native/library.py; strides in elements */
-    const int32_t *q_indptr, *first_pos, *block_tables;
-    int64_t segments, table_width;
-    int64_t heads, kv_heads, size, slots; /* H, G, D, P */
-    int64_t block_stride;
-    int64_t window; /* 0: none */
-    int64_t is_bf16, threads;
-    float scale, softcap; /* 0: none */
-};
 
 struct rows { /* up to ROWS of one segment and KV head: row f is token f / group, query head f % group */
     int segment, kv_head, first, count;
@@ -32,7 +20,8 @@ struct rows { /* up to ROWS of one segment and KV head: row f is token f / group
 };
 
 struct state { /* softmax of each row over the keys seen so far, to base 2 */
-    float largest[ROWS], sum[ROWS];
+    float largest[ROWS];
+    lanes sum[ROWS];
     float out[ROWS * MAX_SIZE] __attribute__((aligned(64))); /* [rows, width], not yet divided by sum */
 };
 
@@ -43,6 +32,7 @@ struct scratch { /* of one thread */
     uint32_t values[KEYS * MAX_SIZE] __attribute__((aligned(64))); /* [KEYS, or KEYS / 2 in pairs, width] */
     float scores[ROWS * KEYS] __attribute__((aligned(64)));        /* [rows, KEYS]; weights take their place */
     int32_t present[KEYS] __attribute__((aligned(64)));            /* -1 where a block is, 0 in a hole */
+    bool holes;                                                    /* whether there are any in the tile */
 };
 
 INLINE bool in_pairs(const struct attention *a) { return PAIRS && a->is_bf16; }
@@ -92,6 +82,7 @@ INLINE const char *keys_at(const struct attention *a, struct rows rows, const ch
 static int load_tile(const struct attention *a, struct rows rows, const char *kv, int base, int low, int high,
                      struct scratch *w) {
     int size = a->size, slots = a->slots, width = width_of(a), per_step = in_pairs(a) ? 2 : 1, blocks = 0;
+    w->holes = false;
     int64_t to_values = a->kv_heads * slots * size * item_bytes(a);
     for (int k = 0; k < round_up(high - base, GRAIN); k += slots) {
         int position = base + k, count = smaller(slots, round_up(high - base, GRAIN) - k);
@@ -100,11 +91,12 @@ static int load_tile(const struct attention *a, struct rows rows, const char *kv
         const char *keys = wanted ? keys_at(a, rows, kv, position) : NULL;
         for (int i = 0; i < slots; i += VL) *(bits *)(w->present + k + i) = splat_bits(keys ? -1 : 0);
         if (!keys) {
+            w->holes = true;
             memset(values, 0, sizeof(*values) * slots / per_step * width);
             continue;
         }
         blocks++;
-        const char *next = keys_at(a, rows, kv, position + KEYS);
+        const char *next = keys_at(a, rows, kv, position + AHEAD);
         int64_t ahead = next ? next - keys : 0;
         if (a->is_bf16) {
             load_keys(true, size, count, keys, ahead, w->keys + k);
@@ -124,8 +116,8 @@ INLINE void cap(const struct attention *a, int columns, int r, struct scratch *w
 }
 
 /* Row r's scores become weights 2^(factor * score - largest), and its state moves to the new largest.  The row sees
- * the present keys in [low, high) of the tile. */
-INLINE void weigh(const bool pairs, float factor, int columns, int low, int high, int r, int width,
+ * all keys of the tile or, if `some`, those in [low, high) that are present. */
+INLINE void weigh(const bool pairs, const bool some, float factor, int columns, int low, int high, int r, int width,
                   struct scratch *w) {
     (void)pairs;
     struct state *state = &w->chunk;
@@ -133,9 +125,12 @@ INLINE void weigh(const bool pairs, float factor, int columns, int low, int high
     lanes x[KEYS / VL], top = splat(-INFINITY);
     int vecs = columns / VL;
     for (int v = 0; v < vecs; v++) {
-        bits at = IOTA + v * VL;
-        bits seen = (bits)(at >= low) & (bits)(at < high) & *(const bits *)(w->present + v * VL);
-        x[v] = choose(seen, load(scores + v * VL) * factor, splat(-INFINITY));
+        x[v] = load(scores + v * VL) * factor;
+        if (some) {
+            bits at = IOTA + v * VL;
+            bits seen = (bits)(at >= low) & (bits)(at < high) & *(const bits *)(w->present + v * VL);
+            x[v] = choose(seen, x[v], splat(-INFINITY));
+        }
         top = max_(top, x[v]);
     }
     float before = state->largest[r], largest = max_of(top);
@@ -143,7 +138,7 @@ INLINE void weigh(const bool pairs, float factor, int columns, int low, int high
         lanes shrink = exp2_(splat(before - largest));
         float *out = state->out + r * width;
         for (int d = 0; d < width; d += VL) store(out + d, load(out + d) * shrink);
-        state->sum[r] *= shrink[0];
+        state->sum[r] *= shrink;
         state->largest[r] = largest;
     }
     largest = state->largest[r];
@@ -159,7 +154,7 @@ INLINE void weigh(const bool pairs, float factor, int columns, int low, int high
 #endif
         store(scores + v * VL, p);
     }
-    state->sum[r] += sum_of(sum);
+    state->sum[r] += sum;
 }
 
 /* Adds the positions [low, high) of one tile to the state of its chunk. */
@@ -172,7 +167,9 @@ INLINE void attend_tile(const bool pairs, const struct attention *a, struct rows
         int end = position_of(a, rows, r) + 1, begin = a->window ? end - (int)a->window : 0;
         if (a->softcap) cap(a, columns, r, w);
         float factor = (a->softcap ? a->softcap : a->scale) * 1.44269504f;
-        weigh(pairs, factor, columns, begin - base, end - base, r, width, w);
+        if (columns == KEYS && !w->holes && begin <= base && end >= base + KEYS)
+            weigh(pairs, false, factor, KEYS, 0, KEYS, r, width, w);
+        else weigh(pairs, true, factor, columns, begin - base, end - base, r, width, w);
     }
     const uint32_t *weights = (const uint32_t *)w->scores;
     int weight_steps = pairs ? columns / 2 : columns;
@@ -180,7 +177,7 @@ INLINE void attend_tile(const bool pairs, const struct attention *a, struct rows
 }
 
 static void clear(struct state *state, int rows, int width) {
-    for (int r = 0; r < rows; r++) state->largest[r] = -INFINITY, state->sum[r] = 0;
+    for (int r = 0; r < rows; r++) state->largest[r] = -INFINITY, state->sum[r] = splat(0);
     memset(state->out, 0, sizeof(float) * rows * width);
 }
 
@@ -204,7 +201,7 @@ static void join(struct state *total, const struct state *chunk, int rows, int w
         float *out = total->out + r * width;
         const float *more = chunk->out + r * width;
         for (int d = 0; d < width; d += VL) store(out + d, fma_(load(more + d), add, load(out + d) * keep));
-        total->sum[r] = total->sum[r] * keep[0] + chunk->sum[r] * add[0];
+        total->sum[r] = fma_(chunk->sum[r], add, total->sum[r] * keep);
         total->largest[r] = largest;
     }
 }
@@ -213,9 +210,10 @@ static void finish(const struct attention *a, struct rows rows, const struct sta
     int size = a->size, width = width_of(a);
     for (int r = 0; r < rows.count; r++) {
         int64_t place = place_of(a, rows, r);
-        bool empty = state->sum[r] == 0; /* a NaN that was attended is no empty row */
-        lanes share = splat(empty ? 0 : 1 / state->sum[r]);
-        lse[place] = empty ? -INFINITY : state->largest[r] * 0.693147181f + logf(state->sum[r]);
+        float sum = sum_of(state->sum[r]);
+        bool empty = sum == 0; /* a NaN that was attended is no empty row */
+        lanes share = splat(empty ? 0 : 1 / sum);
+        lse[place] = empty ? -INFINITY : state->largest[r] * 0.693147181f + logf(sum);
         for (int d = 0; d < size; d += VL)
             store_as(out + (place * size + d) * item_bytes(a), load(state->out + r * width + d) * share,
                      smaller(VL, size - d), a->is_bf16);
@@ -225,7 +223,7 @@ static void finish(const struct attention *a, struct rows rows, const struct sta
 static int first_chunk(struct rows rows) { return rows.low / CHUNK; }
 static int chunks_of(struct rows rows) { return (rows.high + CHUNK - 1) / CHUNK - first_chunk(rows); }
 
-static void enter(const struct attention *a, struct scratch *w) {
+static void prepare(const struct attention *a, struct scratch *w) {
 #if defined(__AMX_BF16__)
     configure_tiles(ROWS);
     if (in_pairs(a)) /* steps that pad D to whole tiles: zero in q, so they must not be NaN here */
@@ -242,85 +240,85 @@ static void leave(void) {
 }
 
 /* Enough items for the threads: each is attended whole, chunk after chunk. */
-static void attend_items(const struct attention *a, int threads, const struct rows *items, int count, const char *q,
-                         const char *kv, char *out, float *lse) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
+static void attend_items(struct team *team, const struct attention *a, const char *q, const char *kv, char *out,
+                         float *lse, struct scratch *w) {
+    for (int64_t i; (i = take(team)) < a->num_items;) {
+        struct rows rows = a->items[i];
+        load_queries(a, rows, q, w);
+        clear(&w->total, rows.count, width_of(a));
+        for (int c = 0; c < chunks_of(rows); c++) {
+            attend_chunk(a, rows, kv, first_chunk(rows) + c, w);
+            join(&w->total, &w->chunk, rows.count, width_of(a));
+        }
+        finish(a, rows, &w->total, out, lse);
+    }
+}
+
+/* Too few items: every chunk is taken by itself, its state kept until all are there. */
+static void attend_chunks(struct team *team, const struct attention *a, const char *q, const char *kv, char *out,
+                          float *lse, struct scratch *w) {
+    for (int64_t s; (s = take(team)) < a->first_state[a->num_items];) {
+        int i = 0;
+        while (a->first_state[i + 1] <= s) i++;
+        load_queries(a, a->items[i], q, w);
+        attend_chunk(a, a->items[i], kv, first_chunk(a->items[i]) + s - a->first_state[i], w);
+        a->states[s] = w->chunk;
+    }
+    meet(team);
+    for (int64_t i; (i = take(team)) < a->num_items;) {
+        clear(&w->total, a->items[i].count, width_of(a));
+        for (int s = a->first_state[i]; s < a->first_state[i + 1]; s++)
+            join(&w->total, &a->states[s], a->items[i].count, width_of(a));
+        finish(a, a->items[i], &w->total, out, lse);
+    }
+}
+
+/* q, out [T, H, D], kv [B, 2, G, P, D], lse [T, H]. */
+void team_attention(struct team *team, const struct attention *a, const void *q, const void *kv, void *out,
+                    float *lse) {
+    struct scratch w;
+    prepare(a, &w);
+    if (a->first_state) attend_chunks(team, a, q, kv, out, lse, &w);
+    else attend_items(team, a, q, kv, out, lse, &w);
+    leave();
+    meet(team);
+}
+
+void paged_attention(const struct attention *a, const void *q, const void *kv, void *out, float *lse) {
+    struct team team = {0};
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1)
     {
-        struct scratch w;
-        enter(a, &w);
-#pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < count; i++) {
-            load_queries(a, items[i], q, &w);
-            clear(&w.total, items[i].count, width_of(a));
-            for (int c = 0; c < chunks_of(items[i]); c++) {
-                attend_chunk(a, items[i], kv, first_chunk(items[i]) + c, &w);
-                join(&w.total, &w.chunk, items[i].count, width_of(a));
+        enter(&team);
+        team_attention(&team, a, q, kv, out, lse);
+    }
+}
+
+/* Cuts the work of a step into items, which hold for every layer.  Returns the bytes of `memory`, 64-byte aligned, that
+ * they take; fills it and what `a` says of it unless it is NULL. */
+int64_t plan_attention(struct attention *a, char *memory) {
+    int group = a->heads / a->kv_heads;
+    int64_t count = 0, chunks = 0, bytes = 0;
+    for (int s = 0; s < a->segments; s++) {
+        int tiles = round_up((a->q_indptr[s + 1] - a->q_indptr[s]) * group, ROWS) / ROWS;
+        for (int tile = tiles - 1; tile >= 0; tile--) /* the last see most and go first: no long one ends alone */
+            for (int g = 0; g < a->kv_heads; g++, count++) {
+                struct rows rows = rows_at(a, s, g, tile * ROWS);
+                if (memory) ((struct rows *)memory)[count] = rows;
+                chunks += chunks_of(rows);
+                bytes += (int64_t)(rows.high - rows.low) * 2 * a->size * item_bytes(a);
             }
-            finish(a, items[i], &w.total, out, lse);
-        }
-        leave();
     }
-}
-
-/* Too few items: every chunk is taken by itself, its state kept in `states` until all are there. */
-static void attend_chunks(const struct attention *a, int threads, const struct rows *items, int count,
-                          const int *first_state, struct state *states, const char *q, const char *kv, char *out,
-                          float *lse) {
-#pragma omp parallel num_threads(threads)
-    {
-        struct scratch w;
-        enter(a, &w);
-#pragma omp for schedule(dynamic, 1)
-        for (int s = 0; s < first_state[count]; s++) {
-            int i = 0;
-            while (first_state[i + 1] <= s) i++;
-            load_queries(a, items[i], q, &w);
-            attend_chunk(a, items[i], kv, first_chunk(items[i]) + s - first_state[i], &w);
-            states[s] = w.chunk;
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int i = 0; i < count; i++) {
-            clear(&w.total, items[i].count, width_of(a));
-            for (int s = first_state[i]; s < first_state[i + 1]; s++)
-                join(&w.total, &states[s], items[i].count, width_of(a));
-            finish(a, items[i], &w.total, out, lse);
-        }
-        leave();
+    if (bytes < WORTH_A_THREAD) a->threads = 1;
+    bool by_chunks = a->threads > 1 && count < 2 * a->threads && chunks > count;
+    int64_t items = round_up(count * sizeof(struct rows), 64), ends = round_up((count + 1) * sizeof(int32_t), 64);
+    if (!memory) return items + (by_chunks ? ends + chunks * (int64_t)sizeof(struct state) : 0);
+    a->num_items = count, a->items = (struct rows *)memory;
+    if (by_chunks) {
+        a->first_state = (int32_t *)(memory + items), a->states = (struct state *)(memory + items + ends);
+        a->first_state[0] = 0;
+        for (int64_t i = 0; i < count; i++) a->first_state[i + 1] = a->first_state[i] + chunks_of(a->items[i]);
     }
-}
-
-/* q, out [T, H, D], kv [B, 2, G, P, D], lse [T, H].  Returns 0, or -1 when memory runs out. */
-int paged_attention(const struct attention *a, const char *q, const char *kv, char *out, float *lse) {
-    int group = a->heads / a->kv_heads, count = 0;
-    int64_t bytes = 0;
-    for (int s = 0; s < a->segments; s++)
-        count += round_up((a->q_indptr[s + 1] - a->q_indptr[s]) * group, ROWS) / ROWS * a->kv_heads;
-    struct rows *items = malloc(sizeof(*items) * (count + 1));
-    int *first_state = malloc(sizeof(*first_state) * (count + 1));
-    struct state *states = NULL;
-    int failed = !items || !first_state;
-    if (!failed) {
-        first_state[0] = 0;
-        for (int s = 0, i = 0; s < a->segments; s++) {
-            int tiles = round_up((a->q_indptr[s + 1] - a->q_indptr[s]) * group, ROWS) / ROWS;
-            for (int tile = tiles - 1; tile >= 0; tile--) /* the last see most and go first: no long one ends alone */
-                for (int g = 0; g < a->kv_heads; g++, i++) {
-                    items[i] = rows_at(a, s, g, tile * ROWS);
-                    first_state[i + 1] = first_state[i] + chunks_of(items[i]);
-                    bytes += (items[i].high - items[i].low) * 2 * a->size * item_bytes(a);
-                }
-        }
-        int threads = bytes < WORTH_A_THREAD ? 1 : a->threads;
-        if (threads == 1 || count >= 2 * threads || first_state[count] == count) {
-            attend_items(a, threads, items, count, q, kv, out, lse);
-        } else {
-            states = aligned_alloc(64, sizeof(*states) * first_state[count]);
-            failed = !states;
-            if (states) attend_chunks(a, threads, items, count, first_state, states, q, kv, out, lse);
-        }
-    }
-    free(items), free(first_state), free(states);
-    return failed ? -1 : 0;
+    return 0;
 }
 
 /* Whether this process may run the kernels: the operating system hands out tile registers on request only. */

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
-_SOURCES = ("attention.c", "linear.c", "rowwise.c")
-_HEADERS = ("simd.h", "product.h", "load.h")
+_SOURCES = ("attention.c", "decoder_layers.c", "linear.c", "rowwise.c")
+_HEADERS = ("kernels.h", "load.h", "product.h", "simd.h", "team.h")
 _FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-fno-math-errno"),
     "-ffp-contract=off",  # products are fused where the source says so, never where the compiler likes

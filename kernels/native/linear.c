@@ -8,6 +8,7 @@
  * Every element is one sum in fp32 over K in ascending order, and a cut moves no addition: the bits of a row depend
  * neither on the other rows nor on the number of threads.
  */
+#include "kernels.h"
 #include "product.h"
 
 #if PAIRS
@@ -25,12 +26,6 @@ enum { ROWS = 32, L2_BYTES = 5 << 18 }; /* of one pass: two tiles; of a part of 
 enum { ROWS = 14, L2_BYTES = 1 << 19 }; /* of one pass: 28 sums in registers; of a part of x */
 #define FETCH_TO _MM_HINT_T0
 #endif
-
-struct linear { /* mirrored by kernels/native/library.py */
-    const uint32_t *weight; /* packed */
-    const uint16_t *bias;   /* [N] or NULL */
-    int64_t outputs, inputs; /* N, and K rounded up to whole tiles */
-};
 
 struct scratch { /* of one thread */
     float sums[MOST_ROWS * PANEL] __attribute__((aligned(64)));
@@ -190,26 +185,36 @@ INLINE int64_t first_panel(int64_t panels, int64_t share, int64_t n) {
 }
 
 /* x [rows, K], zeros where K is rounded up -> out [rows, N]. */
-void linear(const struct linear *w, const uint16_t *x, uint16_t *out, int64_t rows, int64_t threads) {
-    if (w->outputs * w->inputs * ((rows + ROWS - 1) / ROWS) < WORTH_A_THREAD) threads = 1;
+void team_linear(struct team *team, const struct linear *w, const uint16_t *x, uint16_t *out, int64_t rows) {
+    if (!rows) return;
     int64_t fit = L2_BYTES / (2 * w->inputs) / ROWS * ROWS, most = MOST_ROWS / ROWS * ROWS;
     int64_t height = fit < ROWS ? ROWS : fit > most ? most : fit, parts = (rows + height - 1) / height;
-    int64_t panels = (w->outputs + PANEL - 1) / PANEL, shares = SHARES * threads;
+    int64_t panels = (w->outputs + PANEL - 1) / PANEL, shares = SHARES * team->threads;
     height = round_up((rows + parts - 1) / parts, ROWS);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        struct scratch own;
-        own.height = 0;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < parts * shares; i++) {
-            int64_t row = i / shares * height, share = i % shares, end = first_panel(panels, share + 1, shares);
-            int count = rows - row < height ? rows - row : height;
-            for (int64_t p = first_panel(panels, share, shares); p < end; p++)
-                multiply_panel(w, p, count, x + row * w->inputs, out + row * w->outputs, &own);
-        }
+    struct scratch own;
+    own.height = 0;
+    for (int64_t i; (i = take(team)) < parts * shares;) {
+        int64_t row = i / shares * height, share = i % shares, end = first_panel(panels, share + 1, shares);
+        int count = rows - row < height ? rows - row : height;
+        for (int64_t p = first_panel(panels, share, shares); p < end; p++)
+            multiply_panel(w, p, count, x + row * w->inputs, out + row * w->outputs, &own);
+    }
 #if defined(__AMX_BF16__)
-        _tile_release();
+    _tile_release();
 #endif
+    meet(team);
+}
+
+INLINE bool is_worth_threads(const struct linear *w, int64_t rows) {
+    return w->outputs * w->inputs * ((rows + ROWS - 1) / ROWS) >= WORTH_A_THREAD;
+}
+
+void linear(const struct linear *w, const uint16_t *x, uint16_t *out, int64_t rows, int64_t threads) {
+    struct team team = {0};
+#pragma omp parallel num_threads(threads) if (threads > 1 && is_worth_threads(w, rows))
+    {
+        enter(&team);
+        team_linear(&team, w, x, out, rows);
     }
 }
 

@@ -4,7 +4,13 @@
 #pragma once
 #include "product.h"
 
-enum { KEYS = 64 }; /* positions in a tile */
+#if defined(__AMX_BF16__)
+#define FETCH_TO _MM_HINT_T1
+enum { KEYS = 64, AHEAD = 64 }; /* positions in a tile; how many further on the rows to fetch are */
+#else
+#define FETCH_TO _MM_HINT_T0
+enum { KEYS = 64, AHEAD = 32 };
+#endif
 
 /* keys [count, D] -> columns of [steps, KEYS]; count is a multiple of 16.  Neighbouring keys get neighbouring lanes. */
 INLINE void load_keys(const bool is_bf16, int size, int count, const char *from, int64_t ahead, uint32_t *to) {
@@ -19,7 +25,7 @@ INLINE void load_keys(const bool is_bf16, int size, int count, const char *from,
             if (n == VL) {
                 UNROLL for (int i = 0; i < VL; i++, row += stride) {
                     v[i] = load_bits((const uint32_t *)row);
-                    if (w % 16 == 0) _mm_prefetch(row + ahead, _MM_HINT_T1);
+                    if (w % 16 == 0) _mm_prefetch(row + ahead, FETCH_TO);
                 }
             } else {
                 UNROLL for (int i = 0; i < VL; i++, row += stride) v[i] = load_some((const uint32_t *)row, n);
@@ -50,8 +56,8 @@ INLINE void load_value_pairs(int size, int count, int low, int high, const char 
             __mmask32 some = size - d >= 32 ? 0xffffffff : (1u << (size - d)) - 1;
             __m512i x = _mm512_maskz_loadu_epi16(first ? some : 0, row);
             __m512i y = _mm512_maskz_loadu_epi16(second ? some : 0, next);
-            _mm_prefetch(row + ahead, _MM_HINT_T1);
-            _mm_prefetch(next + ahead, _MM_HINT_T1);
+            _mm_prefetch(row + ahead, FETCH_TO);
+            _mm_prefetch(next + ahead, FETCH_TO);
             store_bits(to + d, (bits)_mm512_permutex2var_epi16(x, left, y));
             if (d + 16 < width) store_bits(to + d + 16, (bits)_mm512_permutex2var_epi16(x, right, y));
         }
@@ -69,7 +75,7 @@ INLINE void load_values(const bool is_bf16, int size, int count, int low, int hi
     for (int k = 0; k < count; k++, from += size * bytes, to += width)
         for (int d = 0; d < size; d += VL) {
             int n = k >= low && k < high ? smaller(VL, size - d) : 0;
-            if (d * bytes % 64 == 0) _mm_prefetch(from + d * bytes + ahead, _MM_HINT_T1);
+            if (d * bytes % 64 == 0) _mm_prefetch(from + d * bytes + ahead, FETCH_TO);
             store((float *)to + d, n ? load_as_float(from + d * bytes, n, is_bf16) : splat(0));
         }
 }

@@ -3,6 +3,7 @@
  * Every row is computed by itself in one fixed order, so its bits do not depend on how many rows there are.  Strides
  * are in elements, `is_bf16` says what these are; arithmetic is fp32.
  */
+#include "kernels.h"
 #include "simd.h"
 
 INLINE int smaller(int a, int b) { return a < b ? a : b; }
@@ -12,11 +13,10 @@ INLINE void *to(void *p, int64_t element, int is_bf16) { return (char *)p + byte
 INLINE lanes rounded(lanes x, int is_bf16) { return is_bf16 ? (lanes)(bf16_bits(x) << 16) : x; }
 
 enum { WORTH_A_THREAD = 1 << 15 }; /* elements: below this, waking threads costs more than they save */
-
-struct norm { /* mirrored by kernels/native/library.py */
-    int64_t rows, size, x_stride, residual_stride, is_bf16, weight_is_bf16, threads;
-    float eps;
-};
+enum { AT_ONCE = 4 };              /* rows that a thread takes */
+#define FOR_EACH_ROW(t, rows)                                                                                          \
+    for (int64_t t##_begin; (t##_begin = AT_ONCE * take(team)) < (rows);)                                              \
+        for (int64_t t = t##_begin; t < t##_begin + AT_ONCE && t < (rows); t++)
 
 INLINE void norm_row(const int is_bf16, const int weight_is_bf16, int size, float eps, const void *x,
                      const void *residual, const void *weight, void *out, void *total) {
@@ -41,17 +41,44 @@ INLINE void norm_row(const int is_bf16, const int weight_is_bf16, int size, floa
     }
 }
 
-/* out = rms_norm(x) * weight; with a residual, total = x + residual takes the place of x. */
-void rms_norm(const struct norm *a, const void *x, const void *residual, const void *weight, void *out, void *total) {
-#pragma omp parallel for num_threads(a->threads) if (a->threads > 1 && a->rows * a->size > WORTH_A_THREAD)
-    for (int64_t t = 0; t < a->rows; t++) {
+INLINE void norm_as(int is_bf16, int weight_is_bf16, int64_t size, float eps, const void *x, const void *residual,
+                    const void *weight, void *out, void *total) {
+    if (weight_is_bf16) norm_row(1, 1, size, eps, x, residual, weight, out, total);
+    else if (is_bf16) norm_row(1, 0, size, eps, x, residual, weight, out, total);
+    else norm_row(0, 0, size, eps, x, residual, weight, out, total);
+}
+
+/* out = rms_norm(x) * weight; with a residual, total = x + residual takes the place of x.  out may be x, and total the
+ * residual. */
+void team_norm(struct team *team, const struct norm *a, const void *x, const void *residual, const void *weight,
+               void *out, void *total) {
+    FOR_EACH_ROW(t, a->rows) {
         const void *row = at(x, t * a->x_stride, a->is_bf16);
         const void *add = residual ? at(residual, t * a->residual_stride, a->is_bf16) : 0;
         void *result = to(out, t * a->size, a->is_bf16), *sum = to(total, t * a->size, a->is_bf16);
-        if (a->weight_is_bf16) norm_row(1, 1, a->size, a->eps, row, add, weight, result, sum);
-        else if (a->is_bf16) norm_row(1, 0, a->size, a->eps, row, add, weight, result, sum);
-        else norm_row(0, 0, a->size, a->eps, row, add, weight, result, sum);
+        norm_as(a->is_bf16, a->weight_is_bf16, a->size, a->eps, row, add, weight, result, sum);
     }
+    meet(team);
+}
+
+void rms_norm(const struct norm *a, const void *x, const void *residual, const void *weight, void *out, void *total) {
+    struct team team = {0};
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1 && a->rows * a->size > WORTH_A_THREAD)
+    {
+        enter(&team);
+        team_norm(&team, a, x, residual, weight, out, total);
+    }
+}
+
+/* x [rows, heads, size], its rows a->x_stride apart: each head is normalised where it is. */
+void team_head_norm(struct team *team, const struct norm *a, int64_t heads, void *x, const void *weight) {
+    FOR_EACH_ROW(t, a->rows) {
+        for (int64_t h = 0; h < heads; h++) {
+            void *head = to(x, t * a->x_stride + h * a->size, a->is_bf16);
+            norm_as(a->is_bf16, a->weight_is_bf16, a->size, a->eps, head, 0, weight, head, 0);
+        }
+    }
+    meet(team);
 }
 
 /* x / (1 + e^-y) */
@@ -64,35 +91,37 @@ INLINE lanes gated(lanes x, lanes y) {
 INLINE lanes silu(lanes x) { return gated(x, x); }
 INLINE lanes gelu_tanh(lanes x) { return gated(x, x * 1.59576912f * fma_(x * x, splat(0.044715f), splat(1))); }
 
-/* out [rows, size] = activation(x[:, :size]) * x[:, size:]. */
-INLINE void gate_rows(lanes (*const activation)(lanes), const void *x, void *out, int64_t rows, int64_t size,
-                      int64_t stride, int64_t is_bf16, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * size > WORTH_A_THREAD)
-    for (int64_t t = 0; t < rows; t++) {
-        const void *gate = at(x, t * stride, is_bf16), *up = at(x, t * stride + size, is_bf16);
-        void *row = to(out, t * size, is_bf16);
-        for (int d = 0; d < size; d += VL) {
-            int n = smaller(VL, size - d);
-            lanes g = load_as_float(at(gate, d, is_bf16), n, is_bf16);
-            lanes u = load_as_float(at(up, d, is_bf16), n, is_bf16);
-            store_as(to(row, d, is_bf16), activation(g) * u, n, is_bf16);
-        }
+INLINE void gate_row(lanes (*const activation)(lanes), const void *gate, const void *up, void *out, int64_t size,
+                     int is_bf16) {
+    for (int d = 0; d < size; d += VL) {
+        int n = smaller(VL, size - d);
+        lanes g = load_as_float(at(gate, d, is_bf16), n, is_bf16);
+        lanes u = load_as_float(at(up, d, is_bf16), n, is_bf16);
+        store_as(to(out, d, is_bf16), activation(g) * u, n, is_bf16);
     }
 }
 
-void silu_mul(const void *x, void *out, int64_t rows, int64_t size, int64_t stride, int64_t is_bf16, int64_t threads) {
-    gate_rows(silu, x, out, rows, size, stride, is_bf16, threads);
+/* out [rows, size] = activation(x[:, :size]) * x[:, size:]. */
+void team_gate(struct team *team, int is_gelu, const void *x, void *out, int64_t rows, int64_t size, int64_t stride,
+               int64_t is_bf16) {
+    FOR_EACH_ROW(t, rows) {
+        const void *gate = at(x, t * stride, is_bf16), *up = at(x, t * stride + size, is_bf16);
+        void *row = to(out, t * size, is_bf16);
+        if (is_gelu) gate_row(gelu_tanh, gate, up, row, size, is_bf16);
+        else gate_row(silu, gate, up, row, size, is_bf16);
+    }
+    meet(team);
 }
 
-void gelu_mul(const void *x, void *out, int64_t rows, int64_t size, int64_t stride, int64_t is_bf16, int64_t threads) {
-    gate_rows(gelu_tanh, x, out, rows, size, stride, is_bf16, threads);
+void gate(int64_t is_gelu, const void *x, void *out, int64_t rows, int64_t size, int64_t stride, int64_t is_bf16,
+          int64_t threads) {
+    struct team team = {0};
+#pragma omp parallel num_threads(threads) if (threads > 1 && rows * size > WORTH_A_THREAD)
+    {
+        enter(&team);
+        team_gate(&team, is_gelu, x, out, rows, size, stride, is_bf16);
+    }
 }
-
-struct rope { /* mirrored by kernels/native/library.py */
-    const int64_t *positions, *slots;
-    int64_t rows, heads, kv_heads, size, slots_per_block, block_stride;
-    int64_t q_stride, k_stride, v_stride, is_bf16, threads;
-};
 
 INLINE void rotate(const int is_bf16, int half, const void *x, const float *cos_sin, void *out) {
     if (!cos_sin) {
@@ -110,11 +139,10 @@ INLINE void rotate(const int is_bf16, int half, const void *x, const float *cos_
 }
 
 /* q [T, H, D] rotated into out; k rotated and v copied into their slots of kv [B, 2, G, P, D].  No cos_sin: copied. */
-void rope_kv_write(const struct rope *a, const void *q, const void *k, const void *v, const float *cos_sin, void *kv,
-                   void *out) {
+void team_rope(struct team *team, const struct rope *a, const void *q, const void *k, const void *v,
+               const float *cos_sin, void *kv, void *out) {
     int64_t half = a->size / 2, per_block = a->slots_per_block * a->size;
-#pragma omp parallel for num_threads(a->threads) if (a->threads > 1 && a->rows * a->heads * a->size > WORTH_A_THREAD)
-    for (int64_t t = 0; t < a->rows; t++) {
+    FOR_EACH_ROW(t, a->rows) {
         const float *turn = cos_sin ? cos_sin + a->positions[t] * a->size : 0;
         for (int64_t h = 0; h < a->heads; h++)
             rotate(a->is_bf16, half, at(q, t * a->q_stride + h * a->size, a->is_bf16), turn,
@@ -126,5 +154,16 @@ void rope_kv_write(const struct rope *a, const void *q, const void *k, const voi
             __builtin_memcpy(to(kv, slot + a->kv_heads * per_block, a->is_bf16),
                              at(v, t * a->v_stride + g * a->size, a->is_bf16), bytes(a->size, a->is_bf16));
         }
+    }
+    meet(team);
+}
+
+void rope_kv_write(const struct rope *a, const void *q, const void *k, const void *v, const float *cos_sin, void *kv,
+                   void *out) {
+    struct team team = {0};
+#pragma omp parallel num_threads(a->threads) if (a->threads > 1 && a->rows * a->heads * a->size > WORTH_A_THREAD)
+    {
+        enter(&team);
+        team_rope(&team, a, q, k, v, cos_sin, kv, out);
     }
 }

@@ -36,7 +36,6 @@ static const bits IOTA = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 INLINE lanes fma_(lanes a, lanes b, lanes c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE lanes max_(lanes a, lanes b) { return _mm512_max_ps(a, b); }
 INLINE lanes round_(lanes x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE bits to_int(lanes x) { return (bits)_mm512_cvtps_epi32(x); }
 INLINE float sum_of(lanes x) { return _mm512_reduce_add_ps(x); }
 INLINE float max_of(lanes x) { return _mm512_reduce_max_ps(x); }
 /* The first `count` (at most VL) values, zeros after them; nothing beyond them is read. */
@@ -112,8 +111,12 @@ INLINE void store_as(void *p, lanes x, int count, int is_bf16) {
 
 /* 2^x to about one unit in the last place; 0 below 2^-126, so 2^-inf is exactly 0 and 2^0 exactly 1. */
 INLINE lanes exp2_(lanes x) {
+#if VL == 16
+    __mmask16 stays = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ); /* NaN stays */
+#else
     bits vanished = (bits)(x < splat(-126.0f));
     x = choose(vanished, splat(0.0f), x);
+#endif
     lanes whole = round_(x), f = x - whole;
     lanes y = splat(1.535920892e-4f);
     y = fma_(y, f, splat(1.339262701e-3f));
@@ -122,7 +125,11 @@ INLINE lanes exp2_(lanes x) {
     y = fma_(y, f, splat(2.402264476e-1f));
     y = fma_(y, f, splat(6.931471825e-1f));
     y = fma_(y, f, splat(1.0f));
+#if VL == 16
+    return (lanes)_mm512_maskz_scalef_ps(stays, (__m512)y, (__m512)whole);
+#else
     return choose(vanished, splat(0.0f), (lanes)((bits)y + (to_int(whole) << 23)));
+#endif
 }
 
 /* tanh(x) = 1 - 2 / (e^2x + 1), to about 2^-23 of 1, not of the result. */

@@ -22,7 +22,7 @@ from kernels.silu_mul import gelu_mul, silu_mul
 from tests.kernels.cases import needs_native, paged
 
 ROWS, HEADS, KV_HEADS, SIZE, SLOTS = 2, 4, 2, 16, 16
-NATIVE = ("paged_attention", "rms_norm", "silu_mul", "gelu_mul", "rope_kv_write")
+NATIVE = ("plan_attention", "paged_attention", "rms_norm", "gate", "rope_kv_write")
 
 
 def off_by_a_byte(x: Tensor) -> Tensor:
