@@ -18,7 +18,7 @@ from tools.peers import command, procfs, report, setup
 from tools.peers.clients import LlamaClient, VllmClient
 from tools.peers.engines import NAMES, EngineFailed, Launch, Running, free_port, launch
 from tools.peers.http import PeerError, events
-from tools.peers.work import measure_of, together, turn_figures
+from tools.peers.work import fill, measure_of, together, turn_figures
 from tools.workload import Outcome, OverGrpc, Reply, Workload, WorkloadFailed, drive, say
 
 # -- streams
@@ -238,6 +238,21 @@ async def test_a_workload_says_as_much_as_its_name(workload, replies) -> None:
         assert set(asked) == {(32, 1), (31, 64)}  # so that 64 tokens are there when decoding begins
     else:
         assert set(asked) == {(20, 1)}
+
+
+async def test_filling_holds_all_conversations_at_once() -> None:
+    most = 0
+
+    class Noting(FakeClient):
+        def say(self, token_ids: Sequence[int], reply_tokens: int) -> AsyncIterator[list[int]]:
+            nonlocal most
+            most = max(most, self.open_chats)
+            assert len(token_ids) + reply_tokens == 64
+            return super().say(token_ids, reply_tokens)
+
+    client = Noting(one_by_one)
+    await fill(client, 5, 64)
+    assert (most, client.open_chats) == (5, 0)
 
 
 @pytest.mark.parametrize("name", ["two", "decode", "decode 8", "decode axb", "prefill", "prefill much"])

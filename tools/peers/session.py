@@ -10,13 +10,13 @@ from engine.models.config import ModelConfig
 from tools.bench_decode import kv_bytes, weight_bytes
 from tools.measure import DramRead
 from tools.peers import report, setup
-from tools.peers.engines import Launch, Running, free_port, launch
+from tools.peers.engines import SLOTS, Launch, Running, free_port, launch
 from tools.peers.procfs import Watch, family, memory_bytes
-from tools.peers.work import Figures, greedy_ids, measure_of, warm
+from tools.peers.work import Figures, fill, greedy_ids, measure_of, warm
 
 ONCE = ("start", "memory")  # measured around the others
 FILLING = "decode 32x2048"  # holds the most tokens at once
-FILLED_TOKENS = 32 * (2048 + 64)
+HELD_TOKENS = 2048 + 64  # by each of its conversations at the end
 ALONE = "decode 1x512"  # is judged by the bandwidth of DRAM
 _COMMON = ["start", "one", "many", ALONE, "decode 8x2048"]
 _PREFILL = ["prefill 512", "prefill 2048", "memory"]
@@ -126,7 +126,7 @@ class Session:
         """At rest, after as many tokens as any workload has were held at once."""
         if FILLING not in self.workloads:
             try:
-                await measure_of(FILLING)(server.client, 0)
+                await fill(server.client, SLOTS, HELD_TOKENS)
             except Exception as error:
                 self._failed(server, "memory", 0, error)
                 return
@@ -136,7 +136,7 @@ class Session:
         if server.name == "continuo":
             weights = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
             figures["weights_gb"] = round(weights / 1e9, 3)
-            figures["kv_gb"] = round(kv_bytes(self._config, FILLED_TOKENS) / 1e9, 3)
+            figures["kv_gb"] = round(kv_bytes(self._config, SLOTS * HELD_TOKENS) / 1e9, 3)
             figures["besides_gb"] = round(figures["gb"] - figures["weights_gb"] - figures["kv_gb"], 3)
         self._note("memory", server, 0, figures, 0.0)
 

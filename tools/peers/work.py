@@ -53,6 +53,14 @@ async def greedy_ids(client: Client, prompts: int = 4) -> list[list[int]]:
     return replies
 
 
+async def fill(client: Client, conversations: int, context: int) -> None:
+    """Holds that many conversations of `context` tokens at once."""
+    async with AsyncExitStack() as stack:
+        for number in range(conversations):
+            chat = await stack.enter_async_context(opened(client))
+            await say(chat, prompt_ids(50_000 + number, 0, context - 1, VOCAB), 1)
+
+
 async def _turns(client: Client, workload: Workload, seed: int) -> Figures:
     return turn_figures(await drive(client, workload, VOCAB, seed))
 
