@@ -88,20 +88,28 @@ INLINE uint16_t bf16_of(float x) { /* round to nearest even; NaN stays NaN */
 }
 
 INLINE bits bf16_bits(lanes x) { /* as bf16_of, in the low half of each lane */
+#if defined(__AVX512BF16__)
+    return (bits)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); /* denormals become zero */
+#else
     bits u = (bits)x, rounded = u + 0x7fff + ((u >> 16) & 1);
     bits nan = (bits)(x != x);
     return (((nan & (u | 0x400000)) | (~nan & rounded)) >> 16) & 0xffff;
+#endif
 }
 
 INLINE void store_as(void *p, lanes x, int count, int is_bf16) {
     if (!is_bf16 && count >= VL) {
         store(p, x);
     } else if (is_bf16) {
-        bits rounded = bf16_bits(x);
 #if VL == 16
         __mmask16 some = count >= VL ? 0xffff : (1u << count) - 1;
-        _mm256_mask_storeu_epi16(p, some, _mm512_cvtepi32_epi16((__m512i)rounded));
+#if defined(__AVX512BF16__)
+        _mm256_mask_storeu_epi16(p, some, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
+        _mm256_mask_storeu_epi16(p, some, _mm512_cvtepi32_epi16((__m512i)bf16_bits(x)));
+#endif
+#else
+        bits rounded = bf16_bits(x);
         for (int i = 0; i < count && i < VL; i++) ((uint16_t *)p)[i] = (uint16_t)rounded[i];
 #endif
     } else {
