@@ -21,7 +21,7 @@ _GUESS = np.array([5e-3, 1e-3, 1e-6, 3e-4, 1e-7])
 of 160 million parameters, roughly.
 """
 _GUESS_ERROR = 2.0  # standard deviation of each coefficient, in units of its guess
-_WALK = 0.02  # a step, likewise
+_WALK = 0.05  # a step, likewise
 _NOISE = 0.1  # of a measurement, as a share of what was foreseen
 _MAX_SURPRISE = 3.0  # standard deviations
 

@@ -104,3 +104,18 @@ def test_hours_of_decoding_leave_what_a_prompt_costs_as_it_was() -> None:
         times.observe(decoding(8), took("small", decoding(8)) * rng.uniform(0.9, 1.1))
     assert times.prompt_token_s(0) == pytest.approx(before, rel=0.5)
     assert times.seconds(decoding(8)) == pytest.approx(took("small", decoding(8)), rel=0.15)
+
+
+def test_a_slow_first_step_and_two_rows_for_long_leave_room_to_learn_what_many_rows_cost() -> None:
+    times, rng = StepTimes(), random.Random(0)
+
+    def takes_s(work: Work) -> float:
+        return 31e-3 + 1.3e-3 * (work.num_rows + work.num_prompt)
+
+    times.observe(with_prompt(decoding(0), 200), 0.47)
+    grows = [with_prompt(decoding(rows, 150), 48) for rows in range(5, 16)]
+    errors = []
+    for work in (*[decoding(2, 150)] * 63, with_prompt(decoding(0), 512), *grows, *grows):
+        errors.append(times.seconds(work) / takes_s(work) - 1)
+        times.observe(work, takes_s(work) * rng.uniform(0.92, 1.15))
+    assert np.abs(errors[-len(grows) :]).max() < 0.3
