@@ -14,9 +14,7 @@ from tools.workload import MANY, ONE, Client, Outcome, Workload, drive, opened, 
 
 VOCAB = 30_000
 REPLY_TOKENS = 64
-LAST_NEW_TOKENS = (
-    31  # of a context that is decoded from: all before them is kept, so that nobody waits for others
-)
+LAST_NEW_TOKENS = 1  # of a context to decode from; all before it is kept, so that nobody waits for others
 PROMPTS = 5  # that a prefill is measured with
 ROUNDS_ALONE = 4  # that one conversation is decoded, because one alone takes less than a second
 WARM = Workload(conversations=2, turns=2, new_tokens=48, reply_tokens=4)
