@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 
 import torch
 
@@ -46,6 +47,7 @@ from kernels.native.openmp import release_threads
 _logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 << 20
+POPULATED_BYTES = 1 << 30  # of the device tier: what a server of a few conversations soon writes
 HOST_BLOCKS_TO_PROFILE = 256  # copies go through so many, so that caches hold few of them
 GREEDY = SamplingParams(
     temperature=0.0,
@@ -207,6 +209,7 @@ def _load_parts(
     if kv.warning:
         _logger.warning("%s", kv.warning)
     store = KVStore(model.num_layers, kv.num_blocks, model.num_kv_heads, size, model.head_dim, dtype)
+    Thread(target=store.populate, args=(POPULATED_BYTES,), name="populate", daemon=True).start()
     sampler = Sampler(model.vocab_size, model.eos_ids)
     subject = Subject(
         model=fingerprint(config.model, tokenizer),

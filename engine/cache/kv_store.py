@@ -5,7 +5,7 @@ import sys
 import torch
 from torch import Tensor
 
-from kernels.native.memory import zeros
+from kernels.native.memory import HUGE_PAGE_BYTES, populate, zeros
 
 
 class KVStore:
@@ -24,6 +24,19 @@ class KVStore:
     ) -> None:
         self.slab = _slab((num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim), dtype)
         self.layers: tuple[Tensor, ...] = tuple(self.slab.unbind(0))  # each [B, 2, G, P, D]
+
+    def populate(self, num_bytes: int) -> None:
+        """Takes the memory of the first blocks now, so many bytes, lowest first, as they will be used: a step
+        that is the first to write a block waits for new pages in every layer.  For a thread of its own.
+        """
+        if sys.platform != "linux":
+            return
+        num_blocks, block_bytes = self.slab.shape[1], self.slab[0, 0].nbytes
+        step = max(1, HUGE_PAGE_BYTES // block_bytes)
+        end = min(num_blocks, num_bytes // (len(self.layers) * block_bytes))
+        for first in range(0, end, step):
+            for layer in self.layers:
+                populate(layer[first : min(first + step, end)])
 
 
 class HostStore:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.native.memory import HUGE_PAGE_BYTES, zeros
+from kernels.native.memory import HUGE_PAGE_BYTES, populate, zeros
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="huge pages by madvise are Linux's")
 
@@ -39,3 +39,14 @@ def test_untouched_memory_is_not_taken() -> None:
     tensor = zeros((1 << 30,), torch.uint8)
     assert resident_bytes() - before < 16 << 20
     assert len(tensor) == 1 << 30
+
+
+def test_populated_memory_is_taken_and_keeps_its_values() -> None:
+    before = resident_bytes()
+    tensor = zeros((256 << 20,), torch.uint8)
+    tensor[70 << 20] = 7
+    populate(tensor[64 << 20 : 192 << 20])
+    if resident_bytes() - before < 32 << 20:
+        pytest.skip("this Linux is older than 5.14 and cannot populate memory")
+    assert 120 << 20 < resident_bytes() - before < 144 << 20
+    assert tensor[70 << 20] == 7 and tensor.count_nonzero() == 1
