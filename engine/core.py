@@ -265,7 +265,8 @@ class EngineCore:
         failed = self._transfer.store(plan.stores)
         loading = self._transfer.load(plan.loads)
         self.recorder.mark("copies")
-        result = self._runner.run(plan, loading.wait_for) if plan.segments else StepResult()
+        wait_for = loading.wait_for if plan.loads else None  # without it, all layers run in one go
+        result = self._runner.run(plan, wait_for) if plan.segments else StepResult()
         failed |= loading.finish()
         self.recorder.mark("copies")
         return replace(result, failed_moves=failed, load_s=loading.seconds)

@@ -260,7 +260,7 @@ async def test_serve_says_six_lines_drains_on_ctrl_c_and_logs_no_text(serve, tal
     server = serve(talking_model, "--log-level", "debug")
     assert server.stdout == f"listening on {server.address}\n"
     banner = [line.partition(" ")[2] for line in server.stderr.splitlines()]
-    assert [line.split()[0] for line in banner] == ["continuo", "device", "KV", "data", "no", "attention"]
+    assert [line.split()[0] for line in banner] == ["continuo", "device", "KV", "data", "no", "attention:"]
     assert banner[3] == f"data dir {tmp_path / 'state' / 'continuo'}"
     assert banner[4] == "no tokens: every caller is the tenant local | TLS off"
 
