@@ -17,6 +17,7 @@ from engine.models.decoder import Decoder, RotaryDecoder
 from engine.models.opt import POSITION_OFFSET, OptDecoder, OptLayer, OptNorm
 from kernels.decoder_layers import Layer
 from kernels.linear import PackedLinear
+from kernels.native.memory import let_go
 
 _HEAD = "lm_head.weight"
 
@@ -115,8 +116,12 @@ class _Packer:
 
     def linear(self, *modules: str, bias: bool = False) -> PackedLinear:
         """One linear from those that read the same input, their outputs side by side."""
-        weight = self._stacked([f"{module}.weight" for module in modules])
-        return PackedLinear(weight, self._stacked([f"{module}.bias" for module in modules]) if bias else None)
+        names = [f"{module}.weight" for module in modules]
+        biases = self._stacked([f"{module}.bias" for module in modules]) if bias else None
+        packed = PackedLinear(self._stacked(names), biases)
+        for name in names:
+            let_go(self._checkpoint.tensor(name))
+        return packed
 
     def _stacked(self, names: list[str]) -> Tensor:
         parts = [self._checkpoint.tensor(name) for name in names]

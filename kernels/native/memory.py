@@ -5,8 +5,10 @@ With 4 KB pages the cores look up addresses so often that they read a fifth less
 
 import ctypes
 import mmap
+import sys
 from contextlib import suppress
 from math import prod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,3 +43,26 @@ def populate(part: Tensor) -> None:
     begin = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     size = ctypes.c_size_t(part.data_ptr() + part.nbytes - begin)
     ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), size, _MADV_POPULATE_WRITE)
+
+
+def let_go(mapped: Tensor) -> None:
+    """Gives up the pages of a tensor that lies in a mapped file and was not written: they come back when they
+    are read.  Without that, a file that was read once counts as memory of the process for as long as any of
+    it is mapped.  Any other tensor is left as it is.
+    """
+    begin = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end and _is_in_a_file(begin, end):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+def _is_in_a_file(begin: int, end: int) -> bool:
+    """Whether all these addresses are one file's."""
+    if sys.platform != "linux":
+        return False
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, inode, *_ = line.split()
+        first, last = (int(address, 16) for address in addresses.split("-"))
+        if first <= begin < last:
+            return end <= last and inode != "0"
+    return False
