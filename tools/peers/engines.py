@@ -25,9 +25,7 @@ from tools.workload import Client, OverGrpc, WorkloadFailed, opened, say
 ROOT = Path(__file__).resolve().parents[2]
 SLOTS = 32
 SLOT_TOKENS = 2304  # what a conversation of the longest workload needs, and some
-KV_TOKENS = (
-    98_304  # of Continuo, which keeps some free: less than vLLM has of llama-160m; taken as it is used
-)
+KV_TOKENS = 98_304  # of Continuo, which keeps some free: less than vLLM has of llama-160m
 VLLM_KV_GIB = {"llama-160m": 4, "qwen2.5-0.5b": 2}
 START_S = 400.0  # the slowest compiles for minutes when it starts for the first time
 END_S = 20.0

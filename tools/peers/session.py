@@ -6,11 +6,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.loader import POPULATED_BYTES
 from engine.models.config import ModelConfig
 from tools.bench_decode import kv_bytes, weight_bytes
 from tools.measure import DramRead
 from tools.peers import report, setup
-from tools.peers.engines import SLOTS, Launch, Running, free_port, launch
+from tools.peers.engines import KV_TOKENS, SLOTS, Launch, Running, free_port, launch
 from tools.peers.procfs import Watch, family, memory_bytes
 from tools.peers.work import Figures, fill, greedy_ids, measure_of, warm
 
@@ -136,7 +137,9 @@ class Session:
         if server.name == "continuo":
             weights = sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
             figures["weights_gb"] = round(weights / 1e9, 3)
-            figures["kv_gb"] = round(kv_bytes(self._config, SLOTS * HELD_TOKENS) / 1e9, 3)
+            held = kv_bytes(self._config, SLOTS * HELD_TOKENS)
+            taken_ahead = min(POPULATED_BYTES, kv_bytes(self._config, KV_TOKENS))
+            figures["kv_gb"] = round(max(held, taken_ahead) / 1e9, 3)
             figures["besides_gb"] = round(figures["gb"] - figures["weights_gb"] - figures["kv_gb"], 3)
         self._note("memory", server, 0, figures, 0.0)
 
