@@ -23,6 +23,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.linear import PackedLinear, rows_are_independent
 from kernels.merge_state import merge_state
+from kernels.native import memory
 from kernels.paged_attention import AttnMeta, paged_attention, paged_attention_ref
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_ref
 from kernels.rope import rope_kv_write, rope_kv_write_ref
@@ -128,7 +129,7 @@ def _attention(
     meta = AttnMeta(indptr, first, tables, positions, torch.full_like(positions, -1))
     kv = torch.randn(segments * width, 2, kv_heads, SLOTS, size).to(DTYPES[dtype])
     copies = 1 if new > 1 else max(1, COLD_BYTES // kv.nbytes)
-    kvs = [kv.clone() for _ in range(copies)]
+    kvs = [memory.zeros(tuple(kv.shape), kv.dtype).copy_(kv) for _ in range(copies)]  # as an engine's cache
     q = torch.randn(segments * new, heads, size).to(DTYPES[dtype])
     kind = f"prefill {new} at {context}" if new > 1 else f"decode {segments} x {context}"
     pairs = segments * new * (context - (new - 1) / 2)  # of a row and a position it sees
