@@ -18,6 +18,18 @@ from tools.peers.report import engines_table
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).resolve().parents[1] / "README.md"
 SHAPES = ("llama-160m", "qwen2.5-0.5b")
+RESULT_OF = {  # module -> one of the results that it made
+    "bench_history": "history",
+    "bench_decode": "decode_llama-160m",
+    "bench_wire": "wire",
+    "bench_start": "start_demo",
+    "bench_log": "token_log",
+    "bench_operations": "operations",
+    "bench_sampling": "sampling",
+    "bench_cache": "cache",
+    "bench_text": "text",
+    "demo_model.evaluate": "demo_model",
+}
 
 
 def main() -> None:
@@ -77,7 +89,15 @@ def _ms(demo: dict[str, Any], name: str) -> tuple[str, str]:
 def table() -> str:
     rows = ["| what | measured | by |", "|---|---|---|"]
     rows += [f"| {what} | {figure} | `{by}` |" for what, figure, by in _rows()]
-    return "\n".join(rows) + f"\n\n{_where(_load('wire'))} `by`: a module of `tools`, run with `python -m`."
+    where: dict[str, list[str]] = {}
+    for module, name in RESULT_OF.items():
+        machine = _load(name)["machine"]
+        where.setdefault(f"{machine['cores']} cores of an {machine['cpu']}", []).append(f"`{module}`")
+    places = "; ".join(f"{', '.join(modules)} on {place}" for place, modules in where.items())
+    last = (
+        "`by`: a module of `tools`, run with `python -m`. Measured on virtual machines shared with others: "
+    )
+    return "\n".join([*rows, "", f"{last}{places}."])
 
 
 def cpu() -> str:
@@ -95,10 +115,23 @@ def cpu() -> str:
         parts += [
             "\n".join(lines),
             f"Medians of {runs} interleaved runs at commit {result['commit']}, beside {versions}. "
-            f"{_where(result)}",
+            f"{_where(result)}{_alone(shape)}",
         ]
         commands.append(f"    {result['command']}")
     return "\n\n".join([*parts, "\n".join(["    python -m tools.peers setup DIR", *commands])])
+
+
+def _alone(shape: str) -> str:
+    """What was measured of Continuo alone since then."""
+    if not (RESULTS / f"continuo_alone_{shape}.json").exists():
+        return ""
+    result = _load(f"continuo_alone_{shape}")
+    memory, start = (result["medians"][workload]["continuo"] for workload in ("memory", "start"))
+    return (
+        f" Continuo alone at {result['commit']}, which lets go of the file it read its weights from: "
+        f"{memory['gb']:.2f} GB, {memory['besides_gb']:.2f} of them neither weights nor KV; first token "
+        f"{start['start_s']:.1f} s after its start."
+    )
 
 
 def tiers() -> str:

@@ -44,8 +44,9 @@ class Launch:
     environment: dict[str, str] = field(default_factory=dict)
 
     def told(self) -> str:
-        """The command line as it would be typed, the environment before it."""
-        return " ".join([*(f"{name}={value}" for name, value in self.environment.items()), *self.command])
+        """The command line as it would be typed in the checkout, the environment before it."""
+        words = [*(f"{name}={value}" for name, value in self.environment.items()), *self.command]
+        return " ".join(words).replace(f"{ROOT}/", "")
 
 
 def launch(name: str, shape: str, model: Path, peers: Path, port: int) -> Launch:
