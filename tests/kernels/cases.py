@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -34,6 +35,16 @@ def builds() -> Iterator[str]:
     for isa in supported():
         with dispatch.use("native", isa):
             yield isa.name
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def assert_within_noise(out: Tensor, ref: Callable[..., Tensor], *args: object) -> None:

@@ -15,7 +15,7 @@ from kernels.marks import Part
 from kernels.native.build import supported
 from kernels.paged_attention import AttnMeta
 from kernels.silu_mul import gelu_mul, silu_mul
-from tests.kernels.cases import Paged, paged
+from tests.kernels.cases import Paged, paged, threads
 
 pytestmark = pytest.mark.skipif(
     not supported() or "avx512_bf16" not in supported()[0].cpu_flags,
@@ -140,16 +140,6 @@ def one_by_one(layers: DecoderLayers) -> Iterator[None]:
         yield
     finally:
         layers._are_native = were
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def assert_same(left: tuple[Tensor, list[Tensor]], right: tuple[Tensor, list[Tensor]]) -> None:

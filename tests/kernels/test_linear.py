@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from kernels import dispatch
 from kernels.linear import PackedLinear, rows_are_independent
 from kernels.native.build import supported
-from tests.kernels.cases import DTYPES, assert_within_noise, why_not_native
+from tests.kernels.cases import DTYPES, assert_within_noise, threads, why_not_native
 
 BUILDS = [] if why_not_native() else [isa for isa in supported() if "avx512_bf16" in isa.cpu_flags]
 needs_dots = pytest.mark.skipif(
@@ -34,16 +33,6 @@ def builds() -> Iterator[None]:
     for isa in BUILDS:
         with dispatch.use("native", isa):
             yield
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
