@@ -443,3 +443,8 @@ async def test_continuo_is_driven_as_the_others_are(serve, talking_model) -> Non
     await client.close()
     first, again = ({(each.conversation, each.turn): each.ids for each in replies} for replies in said)
     assert first == again and len(first) == 4
+
+
+def test_a_part_of_a_run_does_not_overwrite_a_whole_one() -> None:
+    assert command.result_name("llama-160m", is_whole=True) == "peers_llama-160m"
+    assert command.result_name("llama-160m", is_whole=False) != "peers_llama-160m"

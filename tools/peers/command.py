@@ -71,6 +71,11 @@ def _setup(folder: Path) -> int:
     return 0
 
 
+def result_name(shape: str, *, is_whole: bool) -> str:
+    """A run of some engines or workloads, or one that failed, does not take the place of a whole one."""
+    return f"peers_{shape}" if is_whole else f"peers_{shape}_part"
+
+
 def _run(chosen: argparse.Namespace, model: Path) -> int:
     session = Session(
         shape=chosen.shape,
@@ -92,7 +97,9 @@ def _run(chosen: argparse.Namespace, model: Path) -> int:
     command = " ".join(
         ["python -m tools.peers", *(f"'{word}'" if " " in word else word for word in sys.argv[1:])]
     )
-    path = write_result(f"peers_{chosen.shape}", {"command": command, **result}, chosen.json)
+    is_whole = not (session.failures or chosen.workloads) and set(chosen.engines) == set(NAMES)
+    name = result_name(chosen.shape, is_whole=is_whole)
+    path = write_result(name, {"command": command, **result}, chosen.json)
     print(report.aligned(report.engines_table(result["medians"])))
     print(report.aligned(report.targets_table(result["targets"])))
     for failure in session.failures:
