@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
 
 import torch
 
@@ -209,7 +208,7 @@ def _load_parts(
     if kv.warning:
         _logger.warning("%s", kv.warning)
     store = KVStore(model.num_layers, kv.num_blocks, model.num_kv_heads, size, model.head_dim, dtype)
-    Thread(target=store.populate, args=(POPULATED_BYTES,), name="populate", daemon=True).start()
+    store.populate(POPULATED_BYTES)
     sampler = Sampler(model.vocab_size, model.eos_ids)
     subject = Subject(
         model=fingerprint(config.model, tokenizer),

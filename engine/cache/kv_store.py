@@ -1,6 +1,7 @@
 """The KV memory of the tiers: one slab each, no bookkeeping."""
 
 import sys
+from threading import Thread, main_thread
 
 import torch
 from torch import Tensor
@@ -25,10 +26,18 @@ class KVStore:
         self.slab = _slab((num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim), dtype)
         self.layers: tuple[Tensor, ...] = tuple(self.slab.unbind(0))  # each [B, 2, G, P, D]
 
-    def populate(self, num_bytes: int) -> None:
-        """Takes the memory of the first blocks now, so many bytes, lowest first, as they will be used: a step
-        that is the first to write a block waits for new pages in every layer.  For a thread of its own.
+    def populate(self, num_bytes: int) -> Thread:
+        """Begins to take the memory of the first blocks, so many bytes, lowest first, as they will be used: a
+        step that is the first to write a block waits for new pages in every layer.  The thread that does it
+        ends with the main thread.
         """
+        # A daemon would abort the process: at its end the interpreter unwinds those that wait for it inside
+        # torch, which does not expect that.
+        thread = Thread(target=self._populate, args=(num_bytes,), name="populate")
+        thread.start()
+        return thread
+
+    def _populate(self, num_bytes: int) -> None:
         if sys.platform != "linux":
             return
         num_blocks, block_bytes = self.slab.shape[1], self.slab[0, 0].nbytes
@@ -36,6 +45,8 @@ class KVStore:
         end = min(num_blocks, num_bytes // (len(self.layers) * block_bytes))
         for first in range(0, end, step):
             for layer in self.layers:
+                if not main_thread().is_alive():
+                    return
                 populate(layer[first : min(first + step, end)])
 
 

@@ -1,5 +1,6 @@
 """The device tier's memory: taken when it is written, or ahead of that."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def test_the_first_blocks_of_every_layer_are_populated_and_no_others() -> None:
     before = resident_mib()
     store = KVStore(4, 4096, 2, 32, 64, torch.bfloat16)  # 64 MiB a layer
     assert resident_mib() - before < 8
-    store.populate(64 << 20)
+    store.populate(64 << 20).join()
     taken = resident_mib() - before
     if taken < 8:
         pytest.skip("this Linux is older than 5.14 and cannot populate memory")
@@ -26,6 +27,19 @@ def test_the_first_blocks_of_every_layer_are_populated_and_no_others() -> None:
     for layer in store.layers:
         layer[:1024] = 1
     assert resident_mib() - before < taken + 4
-    store.populate(1 << 40)  # more than there is
+    store.populate(1 << 40).join()  # more than there is
     assert 250 <= resident_mib() - before < 270
     assert (store.slab[:, :1024] == 1).all() and not store.slab[:, 1024:].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is populated on Linux only")
+def test_a_process_that_ends_early_does_not_wait_for_its_memory_and_is_not_aborted() -> None:
+    """The child would need some 20 s, nearly all of them inside torch."""
+    child = (
+        "import torch, engine.cache.kv_store as kv\n"
+        "kv.HUGE_PAGE_BYTES, kv.populate = 1, lambda part: None\n"
+        "store = kv.KVStore(64, 200_000, 1, 8, 8, torch.float32)\n"
+        "assert store.populate(1 << 40).is_alive()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stderr) == (0, "")
