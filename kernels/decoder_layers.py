@@ -19,7 +19,7 @@ from kernels.marks import Mark, unmarked
 from kernels.native.library import DecoderArgs, LayerArgs, Library, StepArgs
 from kernels.paged_attention import AttnMeta, attention_plan, native_covers, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import check_places, rope_kv_write
+from kernels.rope import HeadNorms, check_places, rope_kv_write
 from kernels.silu_mul import gelu_mul
 
 _ALIGNMENT = 64  # bytes, of each buffer
@@ -89,7 +89,7 @@ class DecoderLayers:
         self._check(residual, kv, rows)
         x = rms_norm(residual, self._layers[0].attention_norm, self._shape.norm_eps)
         mark("rest")
-        library = dispatch.library()
+        library = None if dispatch.is_triton(x) else dispatch.library()
         if (
             library is not None
             and library.decoder_layers is not None
@@ -116,6 +116,8 @@ class DecoderLayers:
                 wanted = f"{residual.dtype} {list(kv[0].shape)} with strides {kv[0].stride()}"
                 given = f"{layer.dtype} {list(layer.shape)} with {layer.stride()}"
                 raise ValueError(f"each layer of kv must be {wanted}, got {given} in layer {i}")
+        if rows.is_cuda:  # to read them here would be to wait for the device
+            return
         chosen = rows.tolist()
         if rows.dtype != torch.int64 or any(b <= a for a, b in pairwise([-1, *chosen, len(residual)])):
             raise ValueError(
@@ -169,10 +171,10 @@ class DecoderLayers:
         mark("linears")
         heads = fused.view(x.shape[0], -1, shape.head_dim)
         q, k, v = heads.split_with_sizes(self._heads, dim=1)  # half the cost of torch.split
+        norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm, shape.norm_eps)
-            k = rms_norm(k, layer.k_norm, shape.norm_eps)
-        q = rope_kv_write(q, k, v, cos_sin, kv, meta)
+            norms = HeadNorms(layer.q_norm, layer.k_norm, shape.norm_eps)
+        q = rope_kv_write(q, k, v, cos_sin, kv, meta, norms)
         mark("rest")
         scale, softcap = shape.attention_scale, shape.attention_softcap
         out, _ = paged_attention(q, kv, meta, scale, layer.window, softcap)

@@ -1,6 +1,8 @@
-"""Which implementation of the kernels runs on this machine: native C, or torch where that cannot be built.
+"""Which implementation of the kernels runs: Triton for tensors on a GPU; for others native C, or torch where
+that cannot be built.
 
-Decided at the first call, which compiles the C code if nobody has done so before (about a second).
+The latter is decided at the first call, which compiles the C code if nobody has done so before (about a
+second).
 """
 
 import functools
@@ -10,25 +12,34 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from kernels.native.build import BuildError, InstructionSet, supported
 from kernels.native.library import Library, load
 
-Implementation = Literal["native", "torch"]
+Implementation = Literal["native", "torch", "triton"]
 
 
 @dataclass(frozen=True)
 class _Choice:
     library: Library | None
     description: str
+    is_triton: bool = False
 
 
 _override: _Choice | None = None  # set by `use` only
 
 
 def implementation() -> Implementation:
-    """The implementation that kernel calls use now."""
+    """The implementation that kernel calls use now for tensors in the host's memory."""
+    if _override and _override.is_triton:
+        return "triton"
     return "torch" if library() is None else "native"
+
+
+def is_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels compute what begins with `x`."""
+    return x.is_cuda or (_override is not None and _override.is_triton)
 
 
 def library() -> Library | None:
@@ -49,12 +60,13 @@ def describe() -> str:
 @contextmanager
 def use(name: Implementation, isa: InstructionSet | None = None) -> Iterator[None]:
     """Run the body under another implementation or build.  For tests and benchmarks: it changes the process.
+    Triton takes tensors in the host's memory only in its interpreter.
 
     Raises BuildError or OSError where `isa`, by default the best one, cannot be built or loaded.
     """
     global _override
-    if name == "torch":
-        choice = _Choice(None, "torch (asked for)")
+    if name != "native":
+        choice = _Choice(None, f"{name} (asked for)", is_triton=name == "triton")
     else:
         choice = _native(isa or supported()[0])
     before, _override = _override, choice

@@ -36,8 +36,8 @@ class PackedLinear:
     """x @ weight.T + bias.
 
     weight: [N, K], bias: [N] or None, same dtype.  float32 and bfloat16 are copied into the packed form and
-    the weight is not kept: when the caller drops it, its memory is free.  Other dtypes, and platforms without
-    oneDNN, keep the weight as it is.
+    the weight is not kept: when the caller drops it, its memory is free.  Other dtypes, GPUs, and platforms
+    without oneDNN, keep the weight as it is.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -66,6 +66,8 @@ class PackedLinear:
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if weight.is_cuda:
+        return lambda x: F.linear(x, weight, bias)
     library = _native_library(weight.dtype)
     if library is not None and weight.numel():
         return _NativeProduct(library, weight, bias)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels import dispatch
@@ -18,10 +20,21 @@ _MOST_POSITIONS = 2**31 - 1024  # positions are 32-bit in the C kernel, which ro
 
 
 @dataclass(frozen=True, slots=True)
+class Extents:
+    """What the host knows of a step's segments, so that nobody has to ask the device: how much work there can
+    be.  Both [S] int64, and exact, or else the most that the device's tensors will ever say.
+    """
+
+    lengths: NDArray[np.int64]  # rows
+    ends: NDArray[np.int64]  # positions before and in the segment: the first one plus the length
+
+
+@dataclass(frozen=True, slots=True)
 class AttnMeta:
     """Where a step's rows stand and where their keys lie.  Built once per step, read by every layer.
 
-    Segment s owns rows q_indptr[s] : q_indptr[s + 1], at consecutive positions from first_pos[s].
+    Segment s owns rows q_indptr[s] : q_indptr[s + 1], at consecutive positions from first_pos[s].  With
+    `table_rows`, segments find their blocks in rows of block_tables [R, maxB] that they may share.
     Raises ValueError for a tensor of another dtype, shape or layout.
     """
 
@@ -32,23 +45,42 @@ class AttnMeta:
     )
     positions: Tensor  # [T] int64, absolute position of each row
     slots: Tensor  # [T] int64, block * P + offset where the row's K and V go; -1 = nowhere
+    table_rows: Tensor | None = None  # [S] int32, each segment's row of block_tables; None: its own
+    extents: Extents | None = None  # needed for tensors on a GPU
     plans: dict[object, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What kernels derived from these tensors and checked about them; the first layer of a step fills it."""
 
     def __post_init__(self) -> None:
         segments, rows = self.first_pos.numel(), self.positions.numel()
+        tables = segments if self.table_rows is None else len(self.block_tables)
         expected = {
             "q_indptr": (torch.int32, (segments + 1,)),
             "first_pos": (torch.int32, (segments,)),
-            "block_tables": (torch.int32, (segments, self.block_tables.shape[-1])),
+            "block_tables": (torch.int32, (tables, self.block_tables.shape[-1])),
             "positions": (torch.int64, (rows,)),
             "slots": (torch.int64, (rows,)),
+            "table_rows": (torch.int32, (segments,)),
         }
+        if self.table_rows is None:
+            del expected["table_rows"]
         for name, (dtype, shape) in expected.items():
             tensor: Tensor = getattr(self, name)
             if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
                 given = f"{tensor.dtype} {list(tensor.shape)}"
                 raise ValueError(f"{name} must be contiguous {dtype} {list(shape)}, got {given}")
+
+    @property
+    def segment_tables(self) -> Tensor:
+        """[S, maxB]: the blocks of each segment."""
+        rows = self.table_rows
+        return self.block_tables if rows is None else self.block_tables.index_select(0, rows)
+
+    @property
+    def num_positions(self) -> int:
+        """No row stands at this position or behind it."""
+        if self.extents is not None:
+            return int(self.extents.ends.max())
+        return int(self.positions.max()) + 1
 
 
 def paged_attention_ref(
@@ -62,11 +94,11 @@ def paged_attention_ref(
     """The same in torch, one segment at a time; lse has at least fp32, fp64 for q in fp64."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:2], -torch.inf, dtype=wide)
-    bounds = meta.q_indptr.tolist()
+    bounds, tables = meta.q_indptr.tolist(), meta.segment_tables
     for segment, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         for row in range(begin, end, _ROWS_AT_ONCE):
             rows = slice(row, min(row + _ROWS_AT_ONCE, end))
-            at = meta.block_tables[segment], meta.positions[rows]
+            at = tables[segment], meta.positions[rows]
             out[rows], lse[rows] = _attend(q[rows], kv, *at, scale, window, softcap)
     return out, lse
 
@@ -131,6 +163,10 @@ def paged_attention(
     """
     if q.dim() != 3 or q.shape[2] % 2 or not q.is_floating_point():
         raise ValueError(f"q must be [T, H, D] of a float dtype with an even D, got {described(q)}")
+    if dispatch.is_triton(q):
+        from kernels.gpu import attention
+
+        return attention.paged_attention(q, kv, meta, scale, window, softcap)
     library = dispatch.library()
     plan = attention_plan(library, q.shape, q.dtype, kv, meta, scale, window, softcap)
     if library is None or plan is None:
@@ -162,10 +198,11 @@ def attention_plan(
         _check(q_shape, dtype, kv, meta, window, softcap)
         meta.plans[key] = None, None
         if library is not None and native_covers(dtype, q_shape[2], kv.shape[3]):
-            plan = ctypes.pointer(_arguments(q_shape, dtype, kv, meta, scale, window, softcap))
+            tables = meta.segment_tables
+            plan = ctypes.pointer(_arguments(q_shape, dtype, kv, meta, tables, scale, window, softcap))
             memory = torch.empty(library.plan_attention(plan, None), dtype=torch.uint8)
             library.plan_attention(plan, memory.data_ptr())
-            meta.plans[key] = plan, memory  # which the plan points to
+            meta.plans[key] = plan, (memory, tables)  # which the plan points to
     return meta.plans[key][0]
 
 
@@ -178,6 +215,7 @@ def _arguments(
     dtype: torch.dtype,
     kv: Tensor,
     meta: AttnMeta,
+    tables: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -185,9 +223,9 @@ def _arguments(
     return AttentionArgs(
         q_indptr=meta.q_indptr.data_ptr(),
         first_pos=meta.first_pos.data_ptr(),
-        block_tables=meta.block_tables.data_ptr(),
+        block_tables=tables.data_ptr(),
         segments=meta.first_pos.numel(),
-        table_width=meta.block_tables.shape[1],
+        table_width=tables.shape[1],
         heads=q_shape[1],
         kv_heads=kv.shape[2],
         size=q_shape[2],

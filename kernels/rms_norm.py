@@ -24,6 +24,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises ValueError for arguments that do not fit together.
     """
     _check(x, weight)
+    if dispatch.is_triton(x):
+        from kernels.gpu import norm
+
+        return norm.rms_norm(x, weight, eps)
     library = dispatch.library()
     if library is None or not dispatch.covers(x.dtype):
         return rms_norm_ref(x, weight, eps)
@@ -42,6 +46,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x, weight)
     if x.dim() != 2 or residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
         raise ValueError(f"residual must be [T, N] like x {described(x)}, got {described(residual)}")
+    if dispatch.is_triton(x):
+        from kernels.gpu import norm
+
+        return norm.add_rms_norm(x, residual, weight, eps)
     library = dispatch.library()
     if library is None or not dispatch.covers(x.dtype):
         total = x + residual

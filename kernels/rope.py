@@ -1,6 +1,7 @@
 """Rotary position embedding of q and k, together with the write of k and v into the cache."""
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from kernels import dispatch
 from kernels.checks import described
 from kernels.native.library import RopeArgs
 from kernels.paged_attention import AttnMeta
+from kernels.rms_norm import rms_norm
 
 
 def rope_ref(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -31,8 +33,23 @@ def rope_kv_write_ref(
     return q.contiguous()
 
 
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """RMSNorm of every head of q and k, before they are rotated.  Weights [D] in q's dtype or fp32."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+
 def rope_kv_write(
-    q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None, kv: Tensor, meta: AttnMeta
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor | None,
+    kv: Tensor,
+    meta: AttnMeta,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
     """Rotate q and k at meta.positions; write rotated k, and v, into kv at meta.slots; return rotated q.
 
@@ -41,6 +58,12 @@ def rope_kv_write(
     once; slot -1 writes nothing.  The result is contiguous.  Raises ValueError for arguments that do not fit
     together.
     """
+    if dispatch.is_triton(q):
+        from kernels.gpu import rope
+
+        return rope.rope_kv_write(q, k, v, cos_sin, kv, meta, norms)
+    if norms is not None:
+        q, k = rms_norm(q, norms.q_weight, norms.eps), rms_norm(k, norms.k_weight, norms.eps)
     library = dispatch.library()
     dtypes = q.dtype, k.dtype, v.dtype, kv.dtype
     strides = q.stride(), k.stride(), v.stride(), kv.stride()

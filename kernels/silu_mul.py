@@ -33,6 +33,10 @@ def gelu_mul(x: Tensor) -> Tensor:
 def _gate(x: Tensor, ref: Callable[[Tensor], Tensor], *, is_gelu: bool) -> Tensor:
     if x.dim() != 2 or x.shape[1] % 2 or not x.is_floating_point() or x.data_ptr() % x.itemsize:
         raise ValueError(f"x must be [T, 2F] of a float dtype, gate and up side by side, got {described(x)}")
+    if dispatch.is_triton(x):
+        from kernels.gpu import gate
+
+        return gate.gate_mul(x, is_gelu=is_gelu)
     rows, width = x.shape
     library = dispatch.library()
     if library is None or not dispatch.covers(x.dtype):

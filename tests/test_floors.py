@@ -176,6 +176,8 @@ def test_only_tools_read_the_environment():
 def test_what_serving_imports_is_declared_and_what_is_declared_is_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
+    # Servers on GPUs have triton from torch's CUDA build, others do not need it.
+    serving_gpus = {"triton"}
     serving, developing = (
         {re.match(r"[\w-]+", line).group().lower() for line in lines}
         for lines in (project["dependencies"] + extras["server"], extras["dev"] + extras["bench"])
@@ -189,6 +191,7 @@ def test_what_serving_imports_is_declared_and_what_is_declared_is_imported():
                 continue
             offered_by = {distribution.lower() for distribution in distributions.get(top, [top])}
             allowed = serving | developing if floor_of(module) == FLOORS["tools"] else serving
+            allowed = allowed | serving_gpus if module.startswith("kernels.gpu") else allowed
             assert offered_by & allowed, (
                 f"{module} imports {name}, which pyproject.toml does not declare for it"
             )

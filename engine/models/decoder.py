@@ -83,8 +83,7 @@ class RotaryDecoder:
         wait_for: Callable[[int], None] | None = None,
         mark: Mark = unmarked,
     ) -> Tensor:
-        num_positions = int(meta.positions.max()) + 1
-        angles = [None if table is None else table.upto(num_positions) for table in self._tables]
+        angles = [None if table is None else table.upto(meta.num_positions) for table in self._tables]
         residual = self._embedding.index_select(0, ids).to(self.dtype)
         if self.config.embedding_scale != 1:
             residual = residual * self._embedding_scale

@@ -1,0 +1,17 @@
+"""The kernels for GPUs, in Triton.  The contracts, and the references in torch, are those of the modules one
+floor up, which come here with tensors on a GPU; nothing else imports this room, for it brings in Triton.
+
+    launch      how one compiled form of a kernel is named, launched, and compiled ahead of time
+    plan        a step's attention as work items, made once per step on the device
+    attention   the two attention kernels over those items: short queries, long queries
+    merge       joins partial results over disjoint keys
+    rope        (RMSNorm of q and k heads,) rotation, write of K and V into their blocks
+    norm        RMSNorm, alone or after a residual addition
+    gate        silu or gelu of one half times the other
+    sampling    the next token of each row, as kernels.sampling chooses it
+    gather      copies of many small pieces between the tiers
+    prepare     what changed since the last step, written into the device's tables
+
+Every number that varies from step to step lies in device memory or is not specialised on, so that nothing is
+compiled while serving.  Counts are read by the kernels, grids are bounds.
+"""
