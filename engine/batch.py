@@ -5,6 +5,7 @@ prefix are longer ones; nothing else distinguishes them.
 """
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -71,6 +72,14 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(segment.length for segment in self.segments)
 
+    def overwritten(self, block_size: int) -> set[int]:
+        """The device slots that loads and segments write: what is stored from there must have left before."""
+        written = {move.device_slot for move in self.loads}
+        for segment in self.segments:
+            first, end = segment.first // block_size, -(-(segment.first + segment.length) // block_size)
+            written.update(segment.slots[first:end].tolist())
+        return written
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -81,3 +90,12 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # of the rows that asked for them
     failed_moves: frozenset[BlockMove] = frozenset()
     load_s: float = 0.0  # of `seconds`: for the copies from the host
+
+
+Collect = Callable[[], StepResult]
+"""Waits for a step that was launched."""
+
+
+def at_once(result: StepResult) -> Collect:
+    """Of a step that was computed while it was launched."""
+    return lambda: result

@@ -1,8 +1,9 @@
 """The engine without asyncio: plan, execute, apply.
 
 `plan` and `apply` touch integers on one thread; `execute` runs a frozen plan and may run elsewhere, in the
-order of planning.  A plan may be made before the previous one is applied (run-ahead): tokens that a
-launched step samples are scheduled before they are known.
+order of planning.  It is `launch`, and then the function that it returns, which collects the result; the next
+step may be planned and launched in between (run-ahead): tokens that a launched step samples are scheduled
+before they are known.
 """
 
 from collections import deque
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from engine.batch import StepPlan, StepResult, needs_history
+from engine.batch import Collect, StepPlan, StepResult, at_once, needs_history
 from engine.cache.manager import KVCacheManager
 from engine.cache.transfer import TransferEngine
 from engine.computed import Miss
@@ -32,11 +33,12 @@ from engine.types import (
 
 
 class Runner(Protocol):
-    """Computes a step: K/V of every segment is written before any of them attends, layer by layer.  Before a
-    layer attends it calls `wait_for(layer)`, which returns once that layer's part of the loads is there.
+    """Computes steps: K/V of every segment is written before any of them attends, layer by layer.  Before a
+    layer attends it calls `wait_for(layer)`: what follows has that layer's part of the loads.  A device may
+    still compute when `launch` returns, and the next step may be launched before this one is collected.
     """
 
-    def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult: ...
+    def launch(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> Collect: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,22 +256,34 @@ class EngineCore:
         return step
 
     def execute(self, step: Step) -> StepResult:
-        self.recorder.mark("host")
-        result = self._carried_out(step.plan)
-        self.recorder.end(step.plan)
-        return result
+        return self.launch(step)()
 
-    def _carried_out(self, plan: StepPlan) -> StepResult:
+    def launch(self, step: Step) -> Collect:
+        """All of the step that does not wait for a device; the function waits for it and has the result.
+        Steps are launched in the order of planning, and collected in that order.
+        """
+        self.recorder.mark("host")
+        collect = self._launch(step.plan)
+        self.recorder.end(step.plan)
+        return collect
+
+    def _launch(self, plan: StepPlan) -> Collect:
         if self._transfer is None or not (plan.stores or plan.loads):
-            return self._runner.run(plan)
-        failed = self._transfer.store(plan.stores)
+            return self._runner.launch(plan)
+        overwritten = plan.overwritten(self.manager.block_size) if plan.stores else ()
+        failed = self._transfer.store(plan.stores, overwritten)
         loading = self._transfer.load(plan.loads)
         self.recorder.mark("copies")
         wait_for = loading.wait_for if plan.loads else None  # without it, all layers run in one go
-        result = self._runner.run(plan, wait_for) if plan.segments else StepResult()
-        failed |= loading.finish()
-        self.recorder.mark("copies")
-        return replace(result, failed_moves=failed, load_s=loading.seconds)
+        computing = self._runner.launch(plan, wait_for) if plan.segments else at_once(StepResult())
+
+        def collect() -> StepResult:
+            result = computing()
+            all_failed = failed | loading.finish()
+            self.recorder.mark("copies")
+            return replace(result, failed_moves=all_failed, load_s=loading.seconds)
+
+        return collect
 
     def apply(self, step: Step, result: StepResult) -> list[TokenEvent]:
         """Append what the step sampled.  Tokens of turns that ended meanwhile are dropped."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from engine.batch import StepPlan, StepResult
+from engine.batch import Collect, StepPlan, StepResult, at_once
 from engine.cache.kv_store import KVStore
 from engine.models.decoder import Decoder
 from engine.sampler import Sampler
@@ -33,6 +33,10 @@ class ModelRunner:
         self._block_size = block_size
         self._mark = mark
         self._last: dict[int, int] = {}  # row -> token of the step before
+
+    def launch(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> Collect:
+        """Computes the step here and now."""
+        return at_once(self.run(plan, wait_for))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:

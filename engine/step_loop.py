@@ -1,7 +1,7 @@
 """One step after the other: plan on the loop, execute on the step thread, apply on the loop.
 
-With `run_ahead` steps planned before the result of the one before is known, the thread always has the next
-one waiting.
+With `run_ahead` steps planned and launched before the result of the one before is known, a device always has
+the next one waiting.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 
-from engine.batch import StepResult
+from engine.batch import Collect, StepResult
 from engine.core import EngineCore, TokenEvent
 from engine.errors import EngineStopped
 from engine.scheduler import Step
@@ -87,21 +87,21 @@ class StepLoop:
 
     async def _steps(self, thread: StepThread) -> None:
         loop = asyncio.get_running_loop()
-        launched: deque[tuple[Step, asyncio.Future[StepResult]]] = deque()
+        launched: deque[tuple[Step, Future[Collect]]] = deque()
         while launched or not self._stopping:
             self._wake.clear()
             while len(launched) <= self._run_ahead and not self._stopping:
                 step = self._core.plan()
                 if step is None:
                     break
-                computing: asyncio.Future[StepResult] = loop.create_future()
-                done = thread.submit(partial(self._core.execute, step))
-                done.add_done_callback(partial(_hand_over, loop, computing))
-                launched.append((step, computing))
+                launched.append((step, thread.submit(partial(self._core.launch, step))))
             if not launched:
                 await self._nap()
                 continue
-            step, computing = launched.popleft()
+            step, launch = launched.popleft()
+            computing: asyncio.Future[StepResult] = loop.create_future()
+            done = thread.submit(partial(_collected, launch))  # behind the launch of the next step
+            done.add_done_callback(partial(_hand_over, loop, computing))
             alarm = loop.call_later(self._stall_s, self._give_up, step, computing)
             try:
                 result = await computing
@@ -129,6 +129,11 @@ class StepLoop:
             raise TimeoutError(
                 f"{num_waiting} turns wait, and for {self._stall_s:g} s no step could be planned"
             ) from None
+
+
+def _collected(launch: "Future[Collect]") -> StepResult:
+    """On the thread that launched it, so that it has ended, well or not."""
+    return launch.result()()
 
 
 def _hand_over(

@@ -2,13 +2,13 @@
 depend on every KV entry it reads, so that a wrong cache changes the text."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from engine.batch import StepPlan, StepResult
+from engine.batch import Collect, StepPlan, StepResult, at_once
 from engine.cache.block import BlockMove
 from engine.text.tokenizer import Tokenizer
 
@@ -81,6 +81,9 @@ class FakeRunner:
         self.num_computed = 0
         self._last: dict[int, int] = {}
 
+    def launch(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> Collect:
+        return at_once(self.run(plan, wait_for))
+
     def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:
         sampled = {}
         if wait_for is not None:
@@ -124,7 +127,7 @@ class FakeTransfer:
         self._device = runner.kv
         self.num_to_fail = 0  # of the next copies
 
-    def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+    def store(self, moves: Sequence[BlockMove], overwritten: Collection[int] = ()) -> frozenset[BlockMove]:
         for move in moves:
             self.kv[move.host_slot] = self._device[move.device_slot]
         return self._fail(moves, lambda move: self.kv[move.host_slot])

@@ -2,7 +2,7 @@
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -31,12 +31,16 @@ class Loading(Protocol):
 class TransferEngine(Protocol):
     """Called in the order of planning, by the thread that computes."""
 
-    def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
-        """Device to host.  Returns the moves that failed."""
+    def store(self, moves: Sequence[BlockMove], overwritten: Collection[int] = ()) -> frozenset[BlockMove]:
+        """Device to host.  Returns the moves that failed.  `overwritten`: device slots that the same step's
+        loads and kernels write; what is stored from there leaves before.
+        """
         ...
 
     def load(self, moves: Sequence[BlockMove]) -> Loading:
-        """Host to device, layer by layer (Pensieve, section 4.3.3)."""
+        """Host to device, layer by layer (Pensieve, section 4.3.3).  Called for every step that copies, after
+        its stores, whose end `Loading.finish` waits for as well.
+        """
         ...
 
 
@@ -52,7 +56,7 @@ class SyncTransfer:
         self._device, self._host = device, host
         self._checksums: dict[int, int] | None = {} if verify else None  # by host slot
 
-    def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+    def store(self, moves: Sequence[BlockMove], overwritten: Collection[int] = ()) -> frozenset[BlockMove]:
         for move in moves:
             block = self._host.slab[move.host_slot]
             block.copy_(self._device.slab[:, move.device_slot])

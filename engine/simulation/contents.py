@@ -6,12 +6,12 @@ All is arithmetic on 64 bits; a step is a few operations on arrays.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.batch import StepPlan, StepResult
+from engine.batch import Collect, StepPlan, StepResult, at_once
 from engine.cache.block import BlockMove
 from engine.errors import InvariantError
 
@@ -66,6 +66,9 @@ class ContentRunner:
         self._offsets = np.arange(block_size)
         self._last: dict[int, int] = {}  # of the step before
 
+    def launch(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> Collect:
+        return at_once(self.run(plan, wait_for))
+
     def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:
         segments, size = plan.segments, self._block_size
         ids = np.array(
@@ -112,7 +115,7 @@ class ContentTransfer:
         self._rng = rng
         self.num_to_fail = 0
 
-    def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+    def store(self, moves: Sequence[BlockMove], overwritten: Collection[int] = ()) -> frozenset[BlockMove]:
         failed = self._failing(moves)
         for move in self._in_any_order(moves):
             kept = self._device[:, move.device_slot]

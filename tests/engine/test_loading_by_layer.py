@@ -2,12 +2,12 @@
 (Pensieve, 4.3.3): on a real decoder, whose device slots hold NaN until they are loaded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import pytest
 import torch
 
-from engine.batch import StepPlan, StepResult
+from engine.batch import Collect, StepPlan, StepResult
 from engine.cache.block import BlockMove
 from engine.cache.eviction import Candidate
 from engine.cache.kv_store import KVStore
@@ -57,7 +57,7 @@ class WatchedTransfer:
         self._transfer, self._store = transfer, store
         self.loadings: list[WatchedLoading] = []
 
-    def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+    def store(self, moves: Sequence[BlockMove], overwritten: Collection[int] = ()) -> frozenset[BlockMove]:
         return self._transfer.store(moves)
 
     def load(self, moves: Sequence[BlockMove]) -> WatchedLoading:
@@ -74,8 +74,8 @@ class HastyRunner:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
 
-    def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:
-        return self._runner.run(plan)
+    def launch(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> Collect:
+        return self._runner.launch(plan)
 
 
 def reply(engine: Engine, conversation: Conversation, prompt: Sequence[int]) -> list[int]:

@@ -6,7 +6,7 @@ import gc
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -105,7 +105,7 @@ def test_ten_thousand_turns_cut_short_leave_nothing_behind() -> None:
 class LyingTransfer(ContentTransfer):
     """Says of no copy that it failed."""
 
-    def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+    def store(self, moves: Sequence[BlockMove], overwritten: Collection[int] = ()) -> frozenset[BlockMove]:
         super().store(moves)
         return frozenset()
 

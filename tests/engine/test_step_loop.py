@@ -15,7 +15,9 @@ from kernels.marks import Part
 
 
 class ScriptedCore:
-    """Plans `num_steps` steps, each a call of `execute`; then none, though `num_waiting` turns wait."""
+    """Plans `num_steps` steps, each computed by `execute` when it is collected; then none, though
+    `num_waiting` turns wait.
+    """
 
     def __init__(self, num_steps: int = 0, num_waiting: int = 0, execute=lambda step: StepResult()) -> None:
         self.scheduler = SimpleNamespace(num_waiting=num_waiting)
@@ -31,18 +33,21 @@ class ScriptedCore:
     def plan(self):
         return self._steps.pop(0) if self._steps else None
 
+    def launch(self, step):
+        return lambda: self.execute(step)
+
     def apply(self, step, result):
         self.applied += 1
         return []
 
 
-def loop_over(core, stall_s=0.05, thread_setup=lambda: None, recorder=None):
+def loop_over(core, stall_s=0.05, thread_setup=lambda: None, recorder=None, run_ahead=0):
     failures: asyncio.Queue[EngineStopped] = asyncio.Queue()
     steps = StepLoop(
         core,
         lambda step, result, events: None,
         failures.put_nowait,
-        run_ahead=0,
+        run_ahead=run_ahead,
         stall_s=stall_s,
         thread_setup=thread_setup,
         recorder=recorder,
@@ -65,6 +70,23 @@ async def test_an_engine_with_nothing_to_do_waits_as_long_as_it_takes() -> None:
         await asyncio.sleep(0.1)
     assert core.applied == 1
     assert failures.empty() and steps.failed is None
+
+
+async def test_with_run_ahead_a_step_is_launched_before_the_one_before_it_is_collected() -> None:
+    told: list[str] = []
+
+    class TellingCore(ScriptedCore):
+        def launch(self, step):
+            told.append(f"launch {step.plan.number}")
+            return super().launch(step)
+
+    core = TellingCore(execute=lambda step: told.append(f"collect {step.plan.number}") or StepResult())
+    for number in range(3):
+        core._steps.append(SimpleNamespace(plan=StepPlan(number, ())))
+    steps, _ = loop_over(core, run_ahead=1)
+    async with steps:
+        await asyncio.sleep(0.1)
+    assert told == ["launch 0", "launch 1", "collect 0", "launch 2", "collect 1", "collect 2"]
 
 
 async def test_a_stuck_step_is_named_and_does_not_hold_up_the_end() -> None:
