@@ -1,0 +1,174 @@
+"""A GPU as the engine uses it: four streams, events, and memory on both sides.
+
+`Device` is the whole of what the engine asks of one, so that its order of work can be tested without:
+a stream runs in order, and nothing orders two streams but the events that one of them waits for.
+"""
+
+import sys
+import weakref
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from engine.memory import Room
+from kernels.gpu.launch import require_gpu
+from kernels.native.memory import zeros
+
+Stream: TypeAlias = Any  # torch.cuda.Stream, or a twin's; `cuda_stream` is what drivers know it by
+Event: TypeAlias = Any  # torch.cuda.Event, or a twin's
+
+_PORTABLE_AND_MAPPED = 3  # flags of cudaHostRegister
+
+
+class Device(Protocol):
+    """Memory that it gives is for the engine's whole life: it is not told which streams still use it."""
+
+    torch_device: torch.device  # where tensors live
+
+    @property
+    def compute(self) -> Stream:
+        """Kernels."""
+        ...
+
+    @property
+    def loads(self) -> Stream:
+        """Host to device."""
+        ...
+
+    @property
+    def stores(self) -> Stream:
+        """Device to host."""
+        ...
+
+    @property
+    def results(self) -> Stream:
+        """Sampled ids, to the host."""
+        ...
+
+    def event(self) -> Event:
+        """A timed event from a pool: to wait for it means nothing before it is recorded."""
+        ...
+
+    def recycle(self, event: Event) -> None:
+        """Back into the pool.  Streams that already wait for it still do."""
+        ...
+
+    def record(self, event: Event, stream: Stream) -> None:
+        """The event now stands for all that was given to the stream so far."""
+        ...
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        """What the stream is given from now on begins after the event, as recorded so far.  The host goes
+        on.
+        """
+        ...
+
+    def synchronize(self, event: Event) -> None:
+        """The host waits, and lets other threads run."""
+        ...
+
+    def is_done(self, event: Event) -> bool: ...
+
+    def seconds_between(self, first: Event, second: Event) -> float:
+        """On the device's clock, between two events that were recorded and are done."""
+        ...
+
+    def on(self, stream: Stream) -> AbstractContextManager[Any]:
+        """Torch's work of the body, and kernels launched there, go to this stream."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """On the device, of any contents."""
+        ...
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """On the host, of any contents, where the device reads and writes by itself."""
+        ...
+
+    def copy(self, to: Tensor, source: Tensor, stream: Stream) -> None:
+        """One contiguous piece between the device and itself or pinned memory; does not wait for it."""
+        ...
+
+    def room(self) -> Room:
+        """Device memory that is free."""
+        ...
+
+
+class TorchDevice:
+    """A CUDA device.  ValueError if the kernels are not made for it."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        require_gpu(torch_device)
+        self.torch_device = torch_device
+        # None of them is the default stream, on which a batch of copies is refused or carried out one by one.
+        self.compute, self.loads, self.stores, self.results = (
+            torch.cuda.Stream(torch_device)  # type: ignore[no-untyped-call]
+            for _ in range(4)
+        )
+        self._events: list[torch.cuda.Event] = []
+        self._registered: list[Tensor] = []
+        # At the end of the process the system takes everything; before it, the driver must not keep pages
+        # that have been unmapped.
+        weakref.finalize(self, _unregister, self._registered, torch_device).atexit = False
+
+    def event(self) -> Event:
+        if self._events:
+            return self._events.pop()
+        return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def recycle(self, event: Event) -> None:
+        self._events.append(event)
+
+    def record(self, event: Event, stream: Stream) -> None:
+        event.record(stream)
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        stream.wait_event(event)
+
+    def synchronize(self, event: Event) -> None:
+        event.synchronize()
+
+    def is_done(self, event: Event) -> bool:
+        return bool(event.query())
+
+    def seconds_between(self, first: Event, second: Event) -> float:
+        return float(first.elapsed_time(second)) / 1e3
+
+    def on(self, stream: Stream) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(stream)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.torch_device)
+
+    def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Torch's own pinned memory is rounded up to a power of two, up to twice of what a host tier is to
+        take: it only serves where registering is impossible.
+        """
+        if sys.platform == "linux":
+            memory = zeros(shape, dtype)
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            with torch.cuda.device(self.torch_device):
+                error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE_AND_MAPPED)
+            if int(error) == 0:
+                self._registered.append(memory)
+                return memory
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def copy(self, to: Tensor, source: Tensor, stream: Stream) -> None:
+        with torch.cuda.stream(stream):
+            to.copy_(source, non_blocking=True)
+
+    def room(self) -> Room:
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        return Room(free, f"the memory of {torch.cuda.get_device_name(self.torch_device)}")
+
+
+def _unregister(memory: list[Tensor], torch_device: torch.device) -> None:
+    if memory:
+        torch.cuda.synchronize(torch_device)
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        for tensor in memory:
+            runtime.cudaHostUnregister(tensor.data_ptr())
+        memory.clear()
