@@ -36,6 +36,7 @@ FLOORS = {
     "engine.in_flight": 5,
     "engine.loader": 5,
     "engine.operations": 5,
+    "engine.parts": 5,
     "engine.registry": 5,
     "engine.simulation": 5,
     "engine.step_loop": 5,

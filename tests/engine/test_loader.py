@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import loader
+from engine import loader, parts
 from engine.async_engine import AsyncEngine
 from engine.cache.costs import CostTable
 from engine.cache.policy import policy_named
@@ -63,7 +63,7 @@ def test_a_cache_that_cannot_be_is_refused_with_what_would_fit(config: EngineCon
 async def test_a_host_tier_that_does_not_fit_is_made_smaller_with_a_warning(
     config: EngineConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loader, "available", lambda: Room(1 << 20, "the control group /pod"))
+    monkeypatch.setattr(parts, "available", lambda: Room(1 << 20, "the control group /pod"))
     async with load_engine(replace(config, host_kv_tokens=1 << 20)) as engine:
         load = engine.load()
         assert engine.description[2].endswith("(less than asked for)")

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.loader import POPULATED_BYTES
 from engine.models.config import ModelConfig
+from engine.parts import POPULATED_BYTES
 from tools.bench_decode import kv_bytes, weight_bytes
 from tools.measure import DramRead
 from tools.peers import report, setup
