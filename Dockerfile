@@ -4,7 +4,8 @@
 #   docker run -p 50051:50051 -v continuo:/var/lib/continuo continuo [MODEL and other arguments of `continuo serve`]
 #
 # The compiler stays in the first stage.  Its kernels are for every instruction set: the machine that runs the
-# image chooses among them.
+# image chooses among them.  Only with DEVICE=cuda is there a compiler in the image, for Triton compiles what joins
+# its kernels to the driver where they run.  That image is untried: docker run --gpus all ...
 
 FROM python:3.11-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev
@@ -26,9 +27,14 @@ RUN python -c "from kernels.native.build import INSTRUCTION_SETS, build, cpu_fla
 [build(isa).parent.chmod(0o755) for isa in INSTRUCTION_SETS if cpu_flags()]"
 
 FROM python:3.11-slim
+ARG DEVICE=cpu
+RUN if [ $DEVICE = cuda ]; then \
+        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev; \
+    fi
 COPY --from=build /opt/continuo /opt/continuo
 RUN useradd --create-home --uid 10001 continuo && install -d -m 700 -o continuo -g continuo /var/lib/continuo
-ENV PATH=/opt/continuo/bin:$PATH PYTHONSAFEPATH=1 XDG_STATE_HOME=/var/lib HF_HOME=/var/lib/continuo/hub
+ENV PATH=/opt/continuo/bin:$PATH PYTHONSAFEPATH=1 XDG_STATE_HOME=/var/lib HF_HOME=/var/lib/continuo/hub \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER continuo
 WORKDIR /home/continuo
 VOLUME /var/lib/continuo

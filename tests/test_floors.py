@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.talking_models import write_talking_model
+
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE = ("kernels", "engine", "rpc", "tools")
 
@@ -120,9 +122,22 @@ def test_imports_go_down():
     assert not broken, "\n".join(broken)
 
 
+def is_call_of_gpu_kernels(module: str, name: str) -> bool:
+    """A contract calls the kernels that keep it, which are made for its types: the one way back there is.  The
+    light doors below see to it that it is taken at the call.
+    """
+    return room_of(module) == "kernels" and name.startswith("kernels.gpu.") > module.startswith(
+        "kernels.gpu."
+    )
+
+
 def test_no_module_imports_itself_by_a_detour():
     graph = {
-        module: {name for name in imported_modules(module, path.read_text()) if name in FILES}
+        module: {
+            name
+            for name in imported_modules(module, path.read_text())
+            if name in FILES and not is_call_of_gpu_kernels(module, name)
+        }
         for module, path in FILES.items()
     }
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the ring
@@ -204,9 +219,11 @@ def test_what_serving_imports_is_declared_and_what_is_declared_is_imported():
     ("module", "heavy"),
     [
         ("kernels", {"torch", "triton"}),
-        ("engine", {"torch", "numpy", "tokenizers"}),
+        ("engine", {"torch", "triton", "numpy", "tokenizers"}),
         ("engine.scheduler", {"torch", "asyncio"}),
         ("engine.cache", {"torch", "asyncio"}),
+        ("engine.loader", {"triton"}),
+        ("rpc.server", {"triton"}),
         ("rpc.client", {"torch", "engine", "kernels", "numpy", "tokenizers", "google.rpc"}),
         ("tools.cli", {"torch"}),
         ("tools.top", {"torch", "engine", "kernels", "numpy", "tokenizers", "google.rpc"}),
@@ -219,3 +236,26 @@ def test_a_light_module_stays_light(module, heavy):
     )
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.split() == [], f"import {module} also loads these"
+
+
+NO_TRITON = """
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+@pytest.mark.parametrize("before", [NO_TRITON, "import sys"], ids=["not installed", "installed"])
+def test_a_cpu_engine_does_without_triton(before, tmp_path):
+    model = write_talking_model(tmp_path / "model")
+    words = ["generate", str(model), "--prompt", "Hello.\n", "--device", "cpu", "--max-new-tokens", "4"]
+    code = (
+        f"{before}\nfrom tools.cli import main\nassert main({words}) == 0\nassert 'triton' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "Miso\n"), done.stderr

@@ -66,11 +66,12 @@ def shell(command: str, folder: Path, **environment: str) -> subprocess.Complete
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
-    """A folder of stand-ins: pip says its arguments, python is this one."""
+    """A folder of stand-ins: pip and apt-get say their arguments, python is this one."""
     folder = tmp_path / "commands"
     folder.mkdir()
-    (folder / "pip").write_text('#!/bin/sh\nprintf "%s\\n" "$*"\n')
-    (folder / "pip").chmod(0o755)
+    for name in ("pip", "apt-get"):
+        (folder / name).write_text('#!/bin/sh\nprintf "%s\\n" "$*"\n')
+        (folder / name).chmod(0o755)
     (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (folder / "python").chmod(0o755)
     return folder
@@ -79,7 +80,8 @@ def commands(tmp_path: Path) -> Path:
 def test_the_image_that_is_left_is_slim_has_no_compiler_and_runs_as_nobody_special():
     build, image = stages()
     assert [texts(stage, "FROM")[0].split()[0] for stage in (build, image)] == ["python:3.11-slim"] * 2
-    assert not re.search(r"gcc|apt|pip install", " ".join(texts(image, "RUN")))
+    _, *always = texts(image, "RUN")
+    assert not re.search(r"gcc|apt|pip install", " ".join(always))
     (user,) = texts(image, "USER")
     assert user in run_with("useradd").split() and user != "root"
     assert texts(image, "VOLUME") == [f"{STATE}/continuo"]
@@ -100,15 +102,25 @@ def test_both_stages_have_the_environment_in_one_place():
     [("cpu", " --no-deps --index-url https://download.pytorch.org/whl/cpu"), ("cuda", "")],
 )
 def test_torch_is_the_pinned_one_in_the_build_that_was_asked_for(commands, device, source):
-    done = shell(run_with("DEVICE"), ROOT, PATH=f"{commands}:{os.environ['PATH']}", DEVICE=device)
+    done = shell(run_with("--no-deps"), ROOT, PATH=f"{commands}:{os.environ['PATH']}", DEVICE=device)
     pin = next(
         line for line in (ROOT / "tools/constraints.txt").read_text().splitlines() if "torch==" in line
     )
     assert done.stdout == f"install -c tools/constraints.txt{source} {pin}\n"
 
 
+@pytest.mark.parametrize(
+    ("device", "called"),
+    [("cpu", ""), ("cuda", "update\ninstall -y --no-install-recommends gcc libc6-dev\n")],
+)
+def test_only_the_image_for_gpus_has_the_compiler_that_triton_needs(commands, device, called):
+    to_image = texts(stages()[-1], "RUN")[0]
+    done = shell(to_image, ROOT, PATH=f"{commands}:{os.environ['PATH']}", DEVICE=device)
+    assert (done.returncode, done.stdout) == (0, called)
+
+
 def test_an_unknown_device_ends_the_build(commands):
-    done = shell(run_with("DEVICE"), ROOT, PATH=f"{commands}:{os.environ['PATH']}", DEVICE="abacus")
+    done = shell(run_with("--no-deps"), ROOT, PATH=f"{commands}:{os.environ['PATH']}", DEVICE="abacus")
     assert (done.returncode, done.stderr) == (2, "DEVICE is abacus; it must be cpu or cuda\n")
 
 
