@@ -123,12 +123,11 @@ def test_imports_go_down():
 
 
 def is_call_of_gpu_kernels(module: str, name: str) -> bool:
-    """A contract calls the kernels that keep it, which are made for its types: the one way back there is.  The
-    light doors below see to it that it is taken at the call.
+    """Contracts call the kernels that keep them, and those are made for the contracts' types: the one way back
+    there is.  The light doors below see to it that it is taken at the call.
     """
-    return room_of(module) == "kernels" and name.startswith("kernels.gpu.") > module.startswith(
-        "kernels.gpu."
-    )
+    inside = "kernels.gpu."
+    return room_of(module) == "kernels" and name.startswith(inside) and not module.startswith(inside)
 
 
 def test_no_module_imports_itself_by_a_detour():
