@@ -123,8 +123,8 @@ def test_imports_go_down():
 
 
 def is_call_of_gpu_kernels(module: str, name: str) -> bool:
-    """Contracts call the kernels that keep them, and those are made for the contracts' types: the one way back
-    there is.  The light doors below see to it that it is taken at the call.
+    """Contracts call the kernels that keep them, and those are made for the contracts' types: the one way
+    back there is.  The light doors below see to it that it is taken at the call.
     """
     inside = "kernels.gpu."
     return room_of(module) == "kernels" and name.startswith(inside) and not module.startswith(inside)
