@@ -56,12 +56,17 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
             f"got {list(launch.signature)} and {list(launch.constants)}"
         )
     types = launch.signature | dict.fromkeys(launch.constants, "constexpr")
-    pointers = [at for at, name in enumerate(names) if types[name].startswith("*")]
+    aligned = [
+        parameter.num
+        for parameter in kernel.params
+        if types[parameter.name].startswith("*")
+        and not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+    ]
     source = ASTSource(
         fn=kernel,
         signature={name: types[name] for name in names},
         constexprs=launch.constants,
-        attrs={(at,): [["tt.divisibility", 16]] for at in pointers},
+        attrs={(at,): [["tt.divisibility", 16]] for at in aligned},
     )
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     done = triton.compile(source, target=GPUTarget("cuda", capability, _WARP), options=options)

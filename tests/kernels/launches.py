@@ -23,4 +23,11 @@ def specialised(launch: Launch, *args: Any) -> dict[str, tuple[str, str | None]]
 
 def compiled_for(launch: Launch) -> dict[str, tuple[str, str | None]]:
     """The same of what is compiled ahead of time."""
-    return {name: (kind, "D" if kind.startswith("*") else None) for name, kind in launch.signature.items()}
+    relied_upon = {
+        parameter.name: "" if parameter.do_not_specialize_on_alignment else "D"
+        for parameter in launch.kernel.params
+    }
+    return {
+        name: (kind, relied_upon[name] if kind.startswith("*") else None)
+        for name, kind in launch.signature.items()
+    }
