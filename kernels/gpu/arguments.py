@@ -33,10 +33,3 @@ def require_device(name: str, x: Tensor, device: torch.device) -> None:
     """Raises ValueError for a tensor that lies elsewhere than the others."""
     if x.device != device:
         raise ValueError(f"{name} must be on {device} like the others, got {described(x)} on {x.device}")
-
-
-def row_stride(x: Tensor) -> int:
-    """Elements from row to row of x: [T, N].  A single row's says nothing, and would be one more form of a
-    kernel.
-    """
-    return x.stride(0) if len(x) > 1 else x.shape[1]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.arguments import require_float, require_rows, row_stride
+from kernels.gpu.arguments import require_float, require_rows
 from kernels.gpu.launch import Launch, pointer, require_gpu
 
 # Elements of a program, for 4 warps: a vector of 8 from each half to a thread.  Unmeasured.
@@ -55,7 +55,7 @@ def gate_mul(x: Tensor, *, is_gelu: bool) -> Tensor:
     require_rows("x", x)
     rows, size = x.shape[0], x.shape[1] // 2
     out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    launch = _launch(x.device, x.dtype, size, row_stride(x), is_gelu)
+    launch = _launch(x.device, x.dtype, size, x.stride(0), is_gelu)
     launch((rows * triton.cdiv(size, _WIDTH),), x, out)
     return out
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import described
-from kernels.gpu.arguments import require_aligned, require_float, require_rows, row_stride
+from kernels.gpu.arguments import require_aligned, require_float, require_rows
 from kernels.gpu.launch import Launch, pointer, require_gpu
 
 _MOST_COLUMNS = 16384
@@ -54,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     _check(rows, weight)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch = _launch(x.device, x.dtype, weight.dtype, rows.shape[1], row_stride(rows), None, eps)
+    launch = _launch(x.device, x.dtype, weight.dtype, rows.shape[1], rows.stride(0), None, eps)
     # What is not added is not read either; any pointer will do.
     launch((_programs(rows, launch),), rows, rows, weight, out, out, len(rows))
     return out
@@ -65,7 +65,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     _check(x, weight)
     require_rows("residual", residual)
     out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    strides = row_stride(x), row_stride(residual)
+    strides = x.stride(0), residual.stride(0)
     launch = _launch(x.device, x.dtype, weight.dtype, x.shape[1], *strides, eps)
     launch((_programs(x, launch),), x, residual, weight, out, total, len(x))
     return out, total

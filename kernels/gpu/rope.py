@@ -150,8 +150,7 @@ def rope_kv_write(
             q.device,
             q.dtype,
             (q.shape[1], k.shape[1], q.shape[2], kv.shape[3]),
-            # A single row's stride says nothing, and would be one more form of the kernel.
-            *(x.stride(0) if len(q) > 1 else x.shape[1] * x.shape[2] for x in (q, k, v)),
+            *(x.stride(0) for x in (q, k, v)),
             kv.stride(0),
             cos_sin is not None,
             None if norms is None else (norms.q_weight.dtype, norms.eps),
