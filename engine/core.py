@@ -74,6 +74,7 @@ class EngineCore:
         self._eos_ids = eos_ids
         self._num_rows = 0  # names that steps know segments by
         self._launched: deque[Step] = deque()  # planned and not yet applied
+        self._num_copying = 0  # steps whose copies are not collected; the step thread's
         self._void_through = 0  # number of the last step that read what a failed copy had not brought
 
     # -- conversations
@@ -268,9 +269,10 @@ class EngineCore:
         return collect
 
     def _launch(self, plan: StepPlan) -> Collect:
-        if self._transfer is None or not (plan.stores or plan.loads):
+        if self._transfer is None or not (plan.stores or plan.loads or self._num_copying):
             return self._runner.launch(plan)
-        overwritten = plan.overwritten(self.manager.block_size) if plan.stores else ()
+        self._num_copying += 1
+        overwritten = plan.overwritten(self.manager.block_size)
         failed = self._transfer.store(plan.stores, overwritten)
         loading = self._transfer.load(plan.loads)
         self.recorder.mark("copies")
@@ -280,6 +282,7 @@ class EngineCore:
         def collect() -> StepResult:
             result = computing()
             all_failed = failed | loading.finish()
+            self._num_copying -= 1
             self.recorder.mark("copies")
             return replace(result, failed_moves=all_failed, load_s=loading.seconds)
 

@@ -29,7 +29,9 @@ class Loading(Protocol):
 
 
 class TransferEngine(Protocol):
-    """Called in the order of planning, by the thread that computes."""
+    """Called in the order of planning, by the thread that computes: for every step that copies, and for those
+    that are launched while the copies of others have not been collected.
+    """
 
     def store(self, moves: Sequence[BlockMove], overwritten: Collection[int] = ()) -> frozenset[BlockMove]:
         """Device to host.  Returns the moves that failed.  `overwritten`: device slots that the same step's
@@ -38,8 +40,8 @@ class TransferEngine(Protocol):
         ...
 
     def load(self, moves: Sequence[BlockMove]) -> Loading:
-        """Host to device, layer by layer (Pensieve, section 4.3.3).  Called for every step that copies, after
-        its stores, whose end `Loading.finish` waits for as well.
+        """Host to device, layer by layer (Pensieve, section 4.3.3).  Called after the stores of the same step,
+        whose end `Loading.finish` waits for as well.
         """
         ...
 
