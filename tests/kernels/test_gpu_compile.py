@@ -39,16 +39,16 @@ SHIPPED = [
 ]
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 REGISTERS = 64 << 10
-WIDE = {"norm", "gate", "rope", "merge"}  # rows of these are read and written 16 bytes at a time
+WIDE = dict.fromkeys(("norm", "gate", "rope", "gather"), ("LDG", "STG")) | {"merge": ("LDG",)}
+"""What moves 16 bytes at a time.  A merged row is small beside what it is merged from."""
 
 
 def often() -> list[tuple[str, Launch]]:
-    """What every run of the tests compiles: the first form of each kernel, three of one that multiplies
-    matrices."""
+    """What every run of the tests compiles: the first form of each kernel, six of one with matrix products."""
     kept, seen = [], Counter[object]()
     for name, launch in SHIPPED:
         seen[launch.kernel] += 1
-        if seen[launch.kernel] <= (1 if launch.unit == "none" else 3):
+        if seen[launch.kernel] <= (1 if launch.unit == "none" else 6):
             kept.append((name, launch))
     return kept
 
@@ -82,8 +82,8 @@ def complaints(module: str, launch: Launch, capability: int, found: Resources) -
             wrong.append(f"has no {instruction}")
     if module == "attention" and not found.count("LDGSTS"):
         wrong.append("copies nothing asynchronously")
-    if module in WIDE:
-        wrong += [f"has no {word} of 16 bytes" for word in ("LDG", "STG") if not found.count(word, "128")]
+    moves = WIDE.get(module, ())
+    wrong += [f"has no {word} of 16 bytes" for word in moves if not found.count(word, "128")]
     head = f"{launch.name} on sm_{capability} ({found.registers} registers x {found.threads} threads)"
     return [f"{head} {what}" for what in wrong]
 
