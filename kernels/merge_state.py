@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.checks import described
 
 
@@ -19,6 +20,10 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> t
             raise ValueError(f"out_a and out_b must be [T, H, D], got out_{name} {described(out)}")
         if lse.shape != out.shape[:2] or lse.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"lse_{name} must be float32 {list(out.shape[:2])}, got {described(lse)}")
+    if dispatch.is_triton(out_a):
+        from kernels.gpu import merge
+
+        return merge.merge_state(out_a, lse_a, out_b, lse_b)
     largest = torch.maximum(lse_a, lse_b)
     base = largest.masked_fill(largest == -torch.inf, 0.0)  # both empty: exp(-inf - 0) = 0, never NaN
     weight_a, weight_b = (lse_a - base).exp(), (lse_b - base).exp()
