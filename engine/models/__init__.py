@@ -6,7 +6,7 @@
     checkpoint.py  safetensors files: every tensor by name, mapped, checked against what the model needs
     weights.py     the names; fusing and packing -> Decoder
     decoder.py     the forward pass of a ragged step over paged KV; rope.py its angles; opt.py that of OPT
-    dtype.py       the number format when nobody has said
+    dtype.py       the number format when nobody has said, and those that a device has
 
 Light on import: reading a config needs no torch, and `load_model` brings it in when called.
 """
@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from engine.models.decoder import Decoder
 
 
-def load_model(folder: Path, dtype: "torch.dtype") -> "Decoder":
-    """Raises ModelFolderError (what is wrong with the folder) or ConfigError (a dtype of no use here)."""
+def load_model(folder: Path, dtype: "torch.dtype", device: "torch.device | None" = None) -> "Decoder":
+    """On `device`, or else the CPU.  Raises ModelFolderError (what is wrong with the folder) or ConfigError
+    (a dtype of no use there, or too little memory).
+    """
+    import torch
+
     from engine.models.weights import load_decoder
 
-    return load_decoder(folder, dtype)
+    return load_decoder(folder, dtype, device or torch.device("cpu"))

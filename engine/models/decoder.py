@@ -44,7 +44,10 @@ class Decoder(Protocol):
 
 
 class RotaryDecoder:
-    """embedding: [V, N] in any float dtype, mapped from its file: only looked-up rows are ever read."""
+    """embedding: [V, N].  On the CPU in any float dtype, mapped from its file: only looked-up rows are ever
+    read.  What is on another device is all there, in the model's dtype, and `forward` only gives that device
+    work: it neither waits for it nor moves anything to or from it.
+    """
 
     def __init__(
         self,
@@ -67,11 +70,12 @@ class RotaryDecoder:
             silu_mul if config.activation == "silu" else gelu_mul,
         )
         self._layers = DecoderLayers(shape, layers, final_norm)
+        device = embedding.device
         self._tables = [
-            None if rope is None else RopeTable(config.head_dim, rope, config.max_positions)
+            None if rope is None else RopeTable(config.head_dim, rope, config.max_positions, device)
             for rope in config.ropes
         ]
-        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype)
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=self.dtype, device=device)
 
     @torch.inference_mode()
     def forward(
@@ -83,7 +87,8 @@ class RotaryDecoder:
         wait_for: Callable[[int], None] | None = None,
         mark: Mark = unmarked,
     ) -> Tensor:
-        angles = [None if table is None else table.upto(meta.num_positions) for table in self._tables]
+        num_positions = meta.num_positions
+        angles = [None if table is None else table.upto(num_positions) for table in self._tables]
         residual = self._embedding.index_select(0, ids).to(self.dtype)
         if self.config.embedding_scale != 1:
             residual = residual * self._embedding_scale

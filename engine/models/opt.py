@@ -43,7 +43,7 @@ class OptLayer:
 
 
 class OptDecoder:
-    """embedding: [V, E] and positions: [max_positions + 2, N], mapped from their file.
+    """embedding: [V, E] and positions: [max_positions + 2, N], in places and dtypes as `RotaryDecoder`'s.
 
     Where E differs from N, projections [E -> N] and [N -> E] stand behind the embedding and before the head.
     """

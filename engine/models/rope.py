@@ -1,4 +1,6 @@
-"""Cosines and sines of rotary position embedding, for as many positions as have been needed so far."""
+"""Cosines and sines of rotary position embedding: on the CPU for as many positions as have been needed so
+far, on another device for all of them.
+"""
 
 import math
 
@@ -9,20 +11,31 @@ from engine.errors import InvariantError
 from engine.models.layer_attention import Rope
 from engine.models.rope_scaling import LinearScaling, Llama3Scaling, YarnScaling
 
+_CPU = torch.device("cpu")
+
 _FIRST_POSITIONS = 4096  # 1 MiB at D = 64; doubled on demand, so that unused context costs nothing
 
 
 class RopeTable:
-    """`upto(n)` gives [M, D] fp32 with M >= n: for each position D/2 cosines, then D/2 sines."""
+    """`upto(n)` gives [M, D] fp32 with M >= n: for each position D/2 cosines, then D/2 sines.
 
-    def __init__(self, head_dim: int, rope: Rope, max_positions: int) -> None:
+    Another device than the CPU has the whole table from the start: nothing there may grow or move between
+    steps, whose kernels know its address; and n, which there may be a mere bound, does not matter.  The CPU
+    computes it, so that all devices turn by the same angles.
+    """
+
+    def __init__(self, head_dim: int, rope: Rope, max_positions: int, device: torch.device = _CPU) -> None:
         self._frequencies, self._max_positions = inverse_frequencies(head_dim, rope), max_positions
         self._factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
-        self._table = self._compute(0, min(_FIRST_POSITIONS, max_positions))
+        self._is_whole = device.type != "cpu"
+        first = max_positions if self._is_whole else min(_FIRST_POSITIONS, max_positions)
+        self._table = self._compute(0, first).to(device)
 
     def upto(self, num_positions: int) -> Tensor:
         """Raises InvariantError beyond the model's positions: such turns are refused before."""
         known = len(self._table)
+        if self._is_whole:
+            return self._table
         if num_positions > self._max_positions:
             raise InvariantError(f"position {num_positions - 1} asked of a model of {self._max_positions}")
         if num_positions > known:

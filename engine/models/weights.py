@@ -3,8 +3,12 @@
 Linears that read the same input become one, and each is packed for its kernel as soon as it is read, the
 largest first: beyond the packed weights, memory never holds more than one fused linear.  The embedding is not
 copied at all; lookups read the mapped file.
+
+To another device than the CPU each tensor goes straight from the mapped file, and the host keeps nothing of
+it.  There an embedding that is also the head is one tensor.
 """
 
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,6 +18,7 @@ from engine.errors import ConfigError
 from engine.models.checkpoint import Checkpoint, Shape
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, RotaryDecoder
+from engine.models.dtype import check_dtype
 from engine.models.opt import POSITION_OFFSET, OptDecoder, OptLayer, OptNorm
 from kernels.decoder_layers import Layer
 from kernels.linear import PackedLinear
@@ -22,15 +27,25 @@ from kernels.native.memory import let_go
 _HEAD = "lm_head.weight"
 
 
-def load_decoder(folder: Path, dtype: torch.dtype) -> Decoder:
-    """Raises ModelFolderError naming what is absent, left over, misshapen, damaged or unsupported."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"{dtype} is not supported on the CPU; use float32 or bfloat16")
+def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+    """Raises ModelFolderError naming what is absent, left over, misshapen, damaged or unsupported, and
+    ConfigError for a dtype that the device does not compute in or weights that it has no room for.
+    """
+    check_dtype(dtype, device)
     config = ModelConfig.from_dir(folder)
     checkpoint = Checkpoint(folder)
-    checkpoint.check(expected_tensors(config), _harmless(config, checkpoint))
+    expected = expected_tensors(config)
+    checkpoint.check(expected, _harmless(config, checkpoint))
     build = _opt_decoder if _is_opt(config) else _rotary_decoder
-    return build(config, _Packer(checkpoint, dtype))
+    try:
+        return build(config, _Packer(checkpoint, dtype, device))
+    except torch.OutOfMemoryError:
+        gib = sum(map(prod, expected.values())) * dtype.itemsize / 2**30
+        advice = "" if dtype.itemsize == 2 else "; in bfloat16 it takes half of that"
+        raise ConfigError(
+            f"the weights of {folder} take {gib:.1f} GiB in {str(dtype).removeprefix('torch.')}, more than "
+            f"{device} has free{advice}: end what else runs there, or serve a smaller model"
+        ) from None
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
@@ -48,7 +63,7 @@ def _is_opt(config: ModelConfig) -> bool:
 def _rotary_decoder(config: ModelConfig, packer: "_Packer") -> RotaryDecoder:
     head = packer.linear("model.embed_tokens" if config.tied_embeddings else "lm_head")
     layers = [_layer(packer, config, index) for index in range(config.num_layers)]
-    embedding = packer.mapped("model.embed_tokens.weight")
+    embedding = packer.table("model.embed_tokens.weight")
     return RotaryDecoder(config, embedding, layers, _norm(packer, config, "model.norm"), head)
 
 
@@ -101,36 +116,49 @@ def _harmless(config: ModelConfig, checkpoint: Checkpoint) -> set[str]:
 
 
 class _Packer:
-    """Reads tensors of a checked checkpoint in the model's dtype."""
+    """Brings tensors of a checked checkpoint to the device in the model's dtype."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self._checkpoint, self._dtype = checkpoint, dtype
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+        self._reads_file = device.type == "cpu"
+        self._copies: dict[tuple[str, ...], Tensor] = {}  # on another device: a table may be a linear as well
 
-    def mapped(self, name: str) -> Tensor:
-        """As it lies in the file, of which only rows that are looked up are ever read."""
-        return self._checkpoint.tensor(name)
+    def table(self, name: str) -> Tensor:
+        """Rows to look up.  On the CPU as they lie in the file, of which only those are ever read."""
+        if self._reads_file:
+            return self._checkpoint.tensor(name)
+        return self._stacked([name])
 
     def vector(self, name: str) -> Tensor:
         """A copy of its own: read every step, so it does not stay in the mapped file."""
-        return self._checkpoint.tensor(name).to(self._dtype, copy=True)
+        return self._checkpoint.tensor(name).to(self._device, self._dtype, copy=True)
 
     def linear(self, *modules: str, bias: bool = False) -> PackedLinear:
         """One linear from those that read the same input, their outputs side by side."""
         names = [f"{module}.weight" for module in modules]
         biases = self._stacked([f"{module}.bias" for module in modules]) if bias else None
         packed = PackedLinear(self._stacked(names), biases)
-        for name in names:
-            let_go(self._checkpoint.tensor(name))
+        self._let_go(names)
         return packed
 
     def _stacked(self, names: list[str]) -> Tensor:
         parts = [self._checkpoint.tensor(name) for name in names]
-        if len(parts) == 1:
+        if self._reads_file and len(parts) == 1:
             return parts[0].to(self._dtype)
-        whole = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=self._dtype)
+        if (copy := self._copies.get(tuple(names))) is not None:
+            return copy
+        shape = sum(map(len, parts)), *parts[0].shape[1:]
+        whole = torch.empty(shape, dtype=self._dtype, device=self._device)
         for place, part in zip(torch.split(whole, [len(part) for part in parts]), parts, strict=True):
             place.copy_(part)
+        if not self._reads_file:
+            self._copies[tuple(names)] = whole
+            self._let_go(names)
         return whole
+
+    def _let_go(self, names: list[str]) -> None:
+        for name in names:
+            let_go(self._checkpoint.tensor(name))
 
 
 def _layer(packer: _Packer, config: ModelConfig, index: int) -> Layer:
@@ -173,8 +201,8 @@ def _opt_decoder(config: ModelConfig, packer: _Packer) -> OptDecoder:
         projections = packer.linear(f"{root}.project_in"), packer.linear(f"{root}.project_out")
     return OptDecoder(
         config,
-        packer.mapped(f"{root}.embed_tokens.weight"),
-        packer.mapped(f"{root}.embed_positions.weight"),
+        packer.table(f"{root}.embed_tokens.weight"),
+        packer.table(f"{root}.embed_positions.weight"),
         [_opt_layer(packer, config, f"{root}.layers.{index}") for index in range(config.num_layers)],
         _opt_norm(packer, config, f"{root}.final_layer_norm") if config.norm_first else None,
         projections,

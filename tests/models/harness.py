@@ -9,11 +9,14 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.models.decoder import Decoder
-from kernels.paged_attention import AttnMeta
+from kernels.paged_attention import AttnMeta, Extents
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,27 @@ class Run:
 class PagedHarness:
     """Owns the KV blocks of several conversations and turns runs of tokens into steps of a decoder."""
 
-    def __init__(self, decoder: Decoder, num_blocks: int = 128, block_size: int = 32) -> None:
+    def __init__(
+        self, decoder: Decoder, num_blocks: int = 128, block_size: int = 32, device: torch.device = CPU
+    ) -> None:
         config = decoder.config
         shape = (num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
-        self.decoder, self.block_size = decoder, block_size
-        self.kv = [torch.full(shape, torch.nan, dtype=decoder.dtype) for _ in range(config.num_layers)]
+        self.decoder, self.block_size, self.device = decoder, block_size, device
+        layers = range(config.num_layers)
+        self.kv = [torch.full(shape, torch.nan, dtype=decoder.dtype, device=device) for _ in layers]
         self._free = random.Random(0).sample(range(num_blocks), num_blocks)
         self._tables: dict[int, list[int]] = {}
 
     def step(self, *runs: Run, rows: Tensor | None = None, **more: Any) -> Tensor:
         """Logits [R, V] of `rows`: [R] int64, each run's last row if not given; `more` is the decoder's."""
+        return self.decoder.forward(*self.inputs(*runs, rows=rows), **more)
+
+    def inputs(self, *runs: Run, rows: Tensor | None = None) -> tuple[Tensor, AttnMeta, list[Tensor], Tensor]:
+        """What the decoder takes for that step, on the device."""
         ends = torch.tensor([0, *(len(run.ids) for run in runs)]).cumsum(0)
         ids = torch.tensor([token for run in runs for token in run.ids])
-        return self.decoder.forward(
-            ids, self._meta(runs, ends), self.kv, ends[1:] - 1 if rows is None else rows, **more
-        )
+        rows = ends[1:] - 1 if rows is None else rows
+        return ids.to(self.device), self._meta(runs, ends), self.kv, rows.to(self.device)
 
     def drop_block(self, conversation: int, index: int) -> None:
         """Forget what a block held; the conversation keeps its place."""
@@ -61,12 +70,17 @@ class PagedHarness:
             slots.append(
                 tables[-1].long()[where // self.block_size] * self.block_size + where % self.block_size
             )
+        lengths = np.array([len(run.ids) for run in runs])
+        extents = Extents(lengths, np.array([run.first for run in runs]) + lengths)
         return AttnMeta(
-            q_indptr=ends.int(),
-            first_pos=torch.tensor([run.first for run in runs], dtype=torch.int32),
-            block_tables=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True, padding_value=-1),
-            positions=torch.cat(positions),
-            slots=torch.cat(slots),
+            q_indptr=ends.int().to(self.device),
+            first_pos=torch.tensor([run.first for run in runs], dtype=torch.int32, device=self.device),
+            block_tables=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True, padding_value=-1).to(
+                self.device
+            ),
+            positions=torch.cat(positions).to(self.device),
+            slots=torch.cat(slots).to(self.device),
+            extents=None if self.device == CPU else extents,
         )
 
 
