@@ -44,7 +44,7 @@ WIDE = dict.fromkeys(("norm", "gate", "rope", "gather"), ("LDG", "STG")) | {"mer
 
 
 def often() -> list[tuple[str, Launch]]:
-    """What every run of the tests compiles: the first form of each kernel, six of one with matrix products."""
+    """What every run of the tests compiles: the first form of each kernel, six of those that multiply."""
     kept, seen = [], Counter[object]()
     for name, launch in SHIPPED:
         seen[launch.kernel] += 1

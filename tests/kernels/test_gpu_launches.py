@@ -4,19 +4,29 @@ import pkgutil
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="needs triton, which is for Linux on x86-64", exc_type=ImportError)
 
 import kernels.gpu  # noqa: E402
 from kernels.gpu.launch import Launch  # noqa: E402
+from tests.kernels.cases import paged  # noqa: E402
 from tests.kernels.launches import (  # noqa: E402
+    HEADS,
+    KV_HEADS,
     LAUNCHERS,
+    SIZE,
+    SLOTS,
     attend,
     compiled_for,
+    copy,
+    draw,
     instead_of_launching,
     norm,
+    rotate,
     silu,
     specialised,
+    take_highest,
 )
 
 ROWS = (1, 2, 7, 16, 33, 64)
@@ -55,6 +65,42 @@ def test_every_launcher_is_called_by_these_tests():
         launch.kernel for module in modules if hasattr(module, "shipped") for launch in module.shipped()
     }
     assert shipped <= launched, {kernel.__name__ for kernel in shipped - launched}
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same, one element behind a multiple of 16 bytes."""
+    return torch.cat((x.flatten()[:1], x.flatten()))[1:].view(x.shape)
+
+
+TABLES = paged([3, 1], [2000, 5], heads=HEADS, kv_heads=KV_HEADS, size=SIZE, slots=SLOTS).meta
+COLUMNS = [(draw, name, torch.ones(3)) for name in ("temperature", "top_p", "min_p")]
+COLUMNS += [(draw, name, torch.ones(3, dtype=torch.int64)) for name in ("top_k", "seed", "position", "out")]
+OFFSETS = [(copy, name, 64 * torch.arange(3)) for name in ("to_offsets", "source_offsets")]
+PLACES = [(attend, name, getattr(TABLES, name)) for name in ("q_indptr", "first_pos", "block_tables")]
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "given"),
+    [
+        *COLUMNS,
+        *OFFSETS,
+        *PLACES,
+        (draw, "logits", torch.ones(3, 1000)),
+        (take_highest, "logits", torch.ones(3, 1000)),
+        (rotate, "slots", torch.arange(3)),
+        (norm, "weight", torch.ones(64)),
+    ],
+)
+def test_what_begins_anywhere_is_refused_or_launches_the_same_form(call, name, given):
+    def check(launch: Launch, args: tuple[object, ...]) -> None:
+        assert specialised(launch, *args) == compiled_for(launch), launch.name
+
+    assert shifted(given).data_ptr() % 16
+    with instead_of_launching(check):
+        try:
+            call(3, **{name: shifted(given)})
+        except ValueError as error:
+            assert f"{name} must begin at a multiple of 16 bytes" in str(error)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
