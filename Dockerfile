@@ -34,7 +34,7 @@ RUN if [ $DEVICE = cuda ]; then \
 COPY --from=build /opt/continuo /opt/continuo
 RUN useradd --create-home --uid 10001 continuo && install -d -m 700 -o continuo -g continuo /var/lib/continuo
 ENV PATH=/opt/continuo/bin:$PATH PYTHONSAFEPATH=1 XDG_STATE_HOME=/var/lib HF_HOME=/var/lib/continuo/hub \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    TRITON_CACHE_DIR=/var/lib/continuo/triton NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER continuo
 WORKDIR /home/continuo
 VOLUME /var/lib/continuo

@@ -85,6 +85,8 @@ def test_the_image_that_is_left_is_slim_has_no_compiler_and_runs_as_nobody_speci
     (user,) = texts(image, "USER")
     assert user in run_with("useradd").split() and user != "root"
     assert texts(image, "VOLUME") == [f"{STATE}/continuo"]
+    kept = re.findall(r"(HF_HOME|TRITON_CACHE_DIR)=(\S+)", texts(image, "ENV")[0])
+    assert len(kept) == 2 and all(folder.startswith(f"{STATE}/continuo/") for _, folder in kept)
     assert f"XDG_STATE_HOME={STATE} " in texts(image, "ENV")[0]
 
 
