@@ -1,4 +1,4 @@
-"""The device tier's memory: taken when it is written, or ahead of that."""
+"""The tiers' memory: on a CPU taken when it is written, or ahead of that; elsewhere as a whole, if at all."""
 
 import subprocess
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.cache.kv_store import KVStore
+from engine.cache.kv_store import HostStore, KVStore
+from engine.errors import ConfigError
 
 
 def resident_mib() -> float:
@@ -43,3 +44,28 @@ def test_a_process_that_ends_early_does_not_wait_for_its_memory_and_is_not_abort
     )
     ended = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=30)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_each_tier_is_one_slab_of_the_memory_it_is_given() -> None:
+    def on_the_device(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    store = KVStore(2, 5, 3, 32, 16, torch.float16, on_the_device)
+    assert (store.slab.device.type, store.slab.shape) == ("meta", (2, 5, 2, 3, 32, 16))
+    assert all(layer.is_meta and layer.is_contiguous() for layer in store.layers)
+    host = HostStore(store, 7, lambda shape, dtype: torch.full(shape, 1.0, dtype=dtype))
+    assert (host.slab.shape, host.slab.dtype) == ((7, 2, 2, 3, 32, 16), torch.float16)
+    assert (host.slab == 1).all()
+
+
+def test_a_host_tier_that_cannot_be_pinned_is_refused_with_half_of_it() -> None:
+    def never(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+
+    store = KVStore(4, 2, 4, 32, 128, torch.bfloat16)  # 1 MiB a block
+    with pytest.raises(ConfigError) as refused:
+        HostStore(store, 4096, never)
+    assert str(refused.value) == (
+        "the 1.0 GiB of the host KV cache cannot be had: CUDA error: out of memory; "
+        "--host-kv-memory 0.5GiB may fit, and --host-kv-tokens 0 leaves it out"
+    )
