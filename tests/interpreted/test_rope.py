@@ -160,17 +160,31 @@ def test_blocks_may_stand_apart_in_memory() -> None:
     assert layers[:, 0].isnan().all() and layers[:, 2].isnan().all()
 
 
+def file_of_holes(folder: Path, *shape: int) -> Tensor:
+    """Only what is written to takes space."""
+    with (folder / "sparse").open("wb") as file:
+        file.truncate(4 * math.prod(shape))
+    return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+
+
 def test_slots_are_found_beyond_the_elements_that_32_bits_count(tmp_path: Path) -> None:
     case = Case.of(256, kv_heads=4, per_block=64, slots=(2**31 // (2 * 4 * 256) + 70, 3))
-    shape = 2**31 // case.kv[0].numel() + 3, *case.kv.shape[1:]
-    with (tmp_path / "sparse").open("wb") as file:
-        file.truncate(4 * math.prod(shape))
-    kv = torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+    kv = file_of_holes(tmp_path, 2**31 // case.kv[0].numel() + 3, *case.kv.shape[1:])
     rope_kv_write(case.q, case.k, case.v, None, kv, case.meta)
     block, offset = divmod(int(case.slots[0]), 64)
     assert torch.equal(kv[block, :, :, offset], torch.stack((case.k[0], case.v[0])))
     assert torch.equal(kv[0, :, :, 3], torch.stack((case.k[1], case.v[1])))
     assert not kv[0, :, :, 4:].any() and not kv[block, :, :, :offset].any()
+
+
+def test_rows_may_lie_beyond_the_elements_that_32_bits_count(tmp_path: Path) -> None:
+    case = Case.of(8, slots=(1, 2, 3))
+    memory = file_of_holes(tmp_path, 2**31 + 4096)
+    far = {
+        name: memory.as_strided(x.shape, (2**30, 8, 1), at).copy_(x)
+        for name, x, at in (("q", case.q, 0), ("k", case.k, 64), ("v", case.v, 96))
+    }
+    assert_right(replace(case, **far))
 
 
 def test_rows_have_the_same_bits_alone_and_among_others() -> None:

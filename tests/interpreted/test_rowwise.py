@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +116,19 @@ def test_rows_have_the_same_bits_alone_and_among_others(size: int) -> None:
         together = op(slice(0, 40))
         for begin, end in ((0, 1), (39, 40), (3, 29)):
             assert torch.equal(together[begin:end], op(slice(begin, end)))
+
+
+def test_rows_may_lie_beyond_the_elements_that_32_bits_count(tmp_path: Path) -> None:
+    """In a file of holes, of which only the rows take space."""
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(4 * (2**31 + 4096))
+    memory = torch.from_file(file.name, shared=True, size=2**31 + 4096, dtype=torch.float32)
+    x, weight = memory.as_strided((3, 100), (2**30, 1)).copy_(torch.randn(3, 100)), torch.randn(100)
+    assert_within_noise(rms_norm(x, weight, 1e-6), rms_norm_ref, x, weight, 1e-6)
+    normed, total = add_rms_norm(weight.expand(3, 100), x, weight, 1e-6)
+    assert torch.equal(total, x + weight)
+    assert_within_noise(normed, rms_norm_ref, total, weight, 1e-6)
+    assert_within_noise(silu_mul(x), silu_mul_ref, x)
 
 
 def test_inputs_stay_as_they_are() -> None:
