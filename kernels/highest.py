@@ -23,7 +23,7 @@ _PADDING = torch.iinfo(torch.int64).max
 class Highest:
     """The first tokens of S rows in sorted order, behind which come values of -inf with meaningless ids."""
 
-    values: Tensor  # [S, M] fp32
+    values: Tensor  # [S, M] fp32, M >= 1
     ids: Tensor  # [S, M] int64
 
     def select(self, rows: Tensor | slice) -> "Highest":
@@ -33,7 +33,7 @@ class Highest:
 
 def highest(logits: Tensor, num: int) -> Highest:
     """The highest tokens of logits [S, V] fp32 on CPU: in each row `num` >= 1 or more, if it has as many
-    above -inf."""
+    above -inf.  Of a row of NaN none."""
     num_rows, vocab = logits.shape
     threshold = _threshold(logits, num) if num < vocab else torch.full((num_rows,), _LOWEST)
     reaches = logits.numpy() >= threshold.numpy()[:, None]
@@ -41,7 +41,7 @@ def highest(logits: Tensor, num: int) -> Highest:
     row = at // vocab
     ids = at - row * vocab
     counts = torch.bincount(row, minlength=num_rows)
-    is_listed = torch.arange(int(counts.max())) < counts[:, None]
+    is_listed = torch.arange(max(1, int(counts.max()))) < counts[:, None]
     keys = torch.full(is_listed.shape, _PADDING)
     keys[is_listed] = _keys(logits[row, ids], ids)
     keys.numpy().sort(-1)

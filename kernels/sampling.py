@@ -10,7 +10,8 @@ from all, and kept if the mass of the tokens before it, summed in one pass, is l
 draw is repeated among the tokens before it: all that are kept are among them, with their weights, so that in
 the end each is chosen as often as it should be (as in FlashInfer, 2501.01005).
 
-This is the CPU path and the reference.  Weights of whole rows are fp32, their sums by blocks fp32 and beyond
+This is the CPU path and the reference; kernels.gpu.sampling chooses the same tokens, unless a number falls so
+close to an edge that rounding decides.  Weights of whole rows are fp32, their sums by blocks fp32 and beyond
 fp64; next to the listed tokens all is fp64.
 """
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.highest import Highest, highest
 
 NUM_LISTED = 256  # a top-k beyond this has its own, longer list, so as to lengthen no other row's
@@ -46,13 +48,26 @@ class SamplingRows:
         return SamplingRows(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
-def sample(logits: Tensor, rows: SamplingRows, listed: Highest | None = None) -> Tensor:
-    """Choose a token for each row.  logits: [S, V] fp32 on CPU, not changed -> ids [S] int64.
+def sample(
+    logits: Tensor, rows: SamplingRows, listed: Highest | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Choose a token for each row, on the device of the logits and without waiting for it.
 
-    `listed`, if known already: the highest tokens of each row, for every top-k up to NUM_LISTED enough.
-    Tokens with logit -inf are never drawn; a row needs one finite logit, and no NaN or +inf.  Among equal
-    logits the lowest id comes first, greedily and in every filter.  ValueError for other shapes and dtypes.
+    logits: [S, V] fp32, not changed; rows, and out [S] int64, if given, on its device -> ids, in out.
+    `listed`, of use on the CPU only: the highest tokens of each row, for every top-k up to NUM_LISTED enough.
+    Tokens with logit -inf are never drawn; a row needs one finite logit, and no NaN or +inf, or gets just any
+    token.  Among equal logits the lowest id comes first, greedily and in every filter.  ValueError for other
+    shapes and dtypes.
     """
+    if dispatch.is_triton(logits):
+        from kernels.gpu import sampling as gpu
+
+        return gpu.sample(logits, rows, out)
+    ids = _sample(logits, rows, listed)
+    return ids if out is None else out.copy_(ids)
+
+
+def _sample(logits: Tensor, rows: SamplingRows, listed: Highest | None) -> Tensor:
     if logits.dim() != 2 or logits.dtype != torch.float32:
         raise ValueError(f"logits are {logits.dtype} {list(logits.shape)}; they must be float32 [S, V]")
     for field in fields(rows):
@@ -78,10 +93,15 @@ def sample(logits: Tensor, rows: SamplingRows, listed: Highest | None = None) ->
     return ids
 
 
-def greedy(logits: Tensor) -> Tensor:
-    """The lowest id among the highest logits.  [S, V] fp32 on CPU -> [S] int64."""
+def greedy(logits: Tensor, out: Tensor | None = None) -> Tensor:
+    """The lowest id among the highest logits.  [S, V] fp32 -> [S] int64, in out, if given."""
+    if dispatch.is_triton(logits):
+        from kernels.gpu import sampling as gpu
+
+        return gpu.greedy(logits, out)
     # NumPy's argmax promises the first of equals, torch's does not, and takes a tenth of its time.
-    return torch.from_numpy(logits.numpy().argmax(-1))
+    ids = torch.from_numpy(logits.numpy().argmax(-1))
+    return ids if out is None else out.copy_(ids)
 
 
 def _draw_from_listed(logits: Tensor, rows: SamplingRows, listed: Highest | None) -> Tensor:
@@ -93,7 +113,7 @@ def _draw_from_listed(logits: Tensor, rows: SamplingRows, listed: Highest | None
     mass = cumulative.gather(1, num_top_k[:, None] - 1)
     num_top_p = (cumulative < rows.top_p[:, None] * mass).sum(-1) + 1
     num_min_p = (weights >= rows.min_p[:, None]).sum(-1)
-    num_kept = torch.minimum(torch.minimum(num_top_k, num_top_p), num_min_p)
+    num_kept = torch.minimum(torch.minimum(num_top_k, num_top_p), num_min_p).clamp_(min=1)  # of NaN none
     mass = cumulative.gather(1, num_kept[:, None] - 1)[:, 0]
     index = _find(_uniform(_bits(rows.seed, rows.position)) * mass, cumulative)
     return listed.ids.gather(1, index[:, None])[:, 0]
@@ -140,7 +160,8 @@ def _draw(weights: Tensor, at: Tensor, cumulative: Tensor, uniform: Tensor) -> T
     rest = ((targets - before) / (behind - before)).clamp_(max=_LARGEST)
     ids = block * _BLOCK + torch.arange(_BLOCK)
     in_block = weights[at[:, None], ids.clamp(max=vocab - 1)].double().mul_(ids < vocab).cumsum(-1)
-    return block[:, 0] * _BLOCK + _find(rest * in_block[:, -1], in_block)
+    found = block[:, 0] * _BLOCK + _find(rest * in_block[:, -1], in_block)
+    return found.clamp_(max=vocab - 1)  # beyond are those of NaN only
 
 
 def _cumulative(weights: Tensor) -> Tensor:
@@ -170,8 +191,10 @@ def _keep_before_(ids: Tensor, weights: Tensor, logits: Tensor, at: Tensor) -> T
 
 
 def _find(targets: Tensor, cumulative: Tensor) -> Tensor:
-    """The first index whose cumulative weight exceeds the target, [S], [S, N] -> [S].  It has weight."""
-    return torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0]
+    """The first index whose cumulative weight exceeds the target, [S], [S, N] -> [S].  It has weight.  Of NaN
+    the last."""
+    found = torch.searchsorted(cumulative, targets[:, None], right=True)[:, 0]
+    return found.clamp_(max=cumulative.shape[1] - 1)
 
 
 def _bits(seed: Tensor, position: Tensor) -> Tensor:
