@@ -16,12 +16,12 @@ BLOCK_SIZES = (16, 32, 64)
 class EngineConfig:
     model: Path  # folder in Hugging Face format
     name: str | None = None  # of the model, for people; None: the folder's
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto is cpu
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where one can be used
     dtype: DTypeName = "auto"
     block_size: int = 32  # tokens
     device_kv_tokens: int | None = None
     device_kv_bytes: int | None = None
-    host_kv_tokens: int | None = None  # KV that leaves the device is kept there; None or 0: no host tier
+    host_kv_tokens: int | None = None  # KV that leaves the device is kept there; 0: no host tier
     host_kv_bytes: int | None = None
     policy: Literal["retention", "lru", "lru-tail"] = "retention"  # which idle KV leaves first
     profile: Path | None = None  # costs that `continuo profile` measured; must fit this model and machine
@@ -42,9 +42,9 @@ class EngineConfig:
     run_ahead: int = 0  # 0 or 1: steps planned before the one before them is known
 
     def __post_init__(self) -> None:
-        if self.device == "cuda":
-            raise ConfigError("device cuda is not supported yet; use --device cpu")
-        if self.dtype == "float16":
+        if self.device == "cuda" and self.verify_reloads:
+            raise ConfigError("--verify-reloads is not for a GPU, whose copies the host does not see")
+        if self.device == "cpu" and self.dtype == "float16":
             raise ConfigError("dtype float16 has no fast path on CPUs; use bfloat16 or float32")
         if self.block_size not in BLOCK_SIZES:
             raise ConfigError(

@@ -26,7 +26,7 @@ class Subject:
     dtype: str
     threads: int
     block_size: int
-    machine: str  # its processor
+    machine: str  # its processor, and its GPU if that computes
     kernels: str
     version: str  # of this program
 

@@ -59,6 +59,8 @@ class KVSizes:
         A host tier that does not fit becomes one that does.  Raises ConfigError if the device tier does not
         fit, or less than a block would be left of the host tier.
         """
+        if config.device == "cuda" and gpu is None:
+            raise ConfigError("device cuda is not supported yet; use --device cpu")
         size = config.block_size
         device = _tokens(config.device_kv_tokens, config.device_kv_bytes, bytes_per_token)
         host = _tokens(config.host_kv_tokens, config.host_kv_bytes, bytes_per_token)

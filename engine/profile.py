@@ -2,7 +2,8 @@
 
 A few blocks are computed together, as they are where a history has been dropped: reading the weights is a
 cost that they share.  What they attend to is KV that the model has computed, in memory of its own: pages that
-nothing was ever written to are all one and the same, and reading them costs less.
+nothing was ever written to are all one and the same, and reading them costs less.  Runs and copies are begun
+and ended as a step's are, each before the next one begins.
 """
 
 import statistics
@@ -10,15 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
+import torch
 
-from engine.batch import Segment, StepPlan
+from engine.batch import Collect, Segment, StepPlan
 from engine.cache.block import BlockMove
 from engine.cache.costs import MeasuredCosts
 from engine.cache.kv_store import KVStore
 from engine.cache.transfer import TransferEngine
-from engine.model_runner import ModelRunner
 
 RUN = 4
 """Blocks that are computed together."""
@@ -38,12 +40,18 @@ QUICK = Effort(budget_s=0.8, repeats=3, step=4, num_bytes=64 << 20, num_copied=(
 THOROUGH = Effort(budget_s=600.0, repeats=9, step=2, num_bytes=1 << 50, num_copied=(1, 4, 16, 64))
 
 
+class Launching(Protocol):
+    """What is needed of a runner."""
+
+    def launch(self, plan: StepPlan) -> Collect: ...
+
+
 class Profiler:
     """The KV memory must be unused.  It holds nothing of worth afterwards."""
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Launching,
         store: KVStore,
         transfer: TransferEngine | None,
         num_host_blocks: int,
@@ -63,14 +71,12 @@ class Profiler:
         """`on_position` is told which position is measured now."""
         compute_s: dict[int, float] = {}
         spread = 0.0
-        self._runner.run(
-            self._plan(self._num_computed)
-        )  # KV to attend to; and no measurement pays for firsts
+        self._run(self._plan(self._num_computed))  # KV to attend to; and no measurement pays for firsts
         until = time.perf_counter() + effort.budget_s
         for end in self._positions(effort.step):
             on_position(end)
             self._fill(end, effort.num_bytes)
-            run = partial(self._runner.run, self._plan(end))
+            run = partial(self._run, self._plan(end))
             seconds = _timed([run] * effort.repeats, until)
             compute_s[end] = min(seconds) * self._size / self._num_computed
             spread = max(spread, statistics.median(seconds) / min(seconds) - 1)
@@ -78,6 +84,9 @@ class Profiler:
                 break
         stores, loads = self._measure_copies(effort)
         return MeasuredCosts(compute_s, loads, stores, spread)
+
+    def _run(self, plan: StepPlan) -> None:
+        self._runner.launch(plan)()
 
     def _positions(self, step: int) -> Iterator[int]:
         """Where a run ends: powers of two, unless the context is shorter than a run."""
@@ -100,6 +109,8 @@ class Profiler:
             -(-end // self._size), max(have, num_bytes // self._bytes_per_block, self._num_written + 1)
         )
         slab[:, have:want] = slab[:, :1]
+        if slab.is_cuda:  # not on the stream that the runner computes on
+            torch.cuda.synchronize(slab.device)
         self._num_filled = max(have, want) - self._num_written
 
     def _measure_copies(self, effort: Effort) -> tuple[dict[int, float], dict[int, float]]:
@@ -111,21 +122,22 @@ class Profiler:
         room = min(self._store.slab.shape[1], self._num_host_blocks, 4 * max(effort.num_copied))
         room = max(1, min(room, effort.num_bytes // self._bytes_per_block))
         everything = [BlockMove(i, i) for i in range(room)]
-        self._transfer.store(everything)  # no measurement pays for pages that are touched for the first time
-        self._load(everything)
+        self._copy(everything, [])  # no measurement pays for pages that are touched for the first time
+        self._copy([], everything)
         for num in sorted({min(num, room) for num in effort.num_copied}):
-            for copy, seconds in ((self._transfer.store, stores), (self._load, loads)):
-                turns = [  # each through other memory than the one before
-                    [BlockMove(i, i) for i in range(first, first + num)]
-                    for first in (number * num % (room - num + 1) for number in range(effort.repeats))
-                ]
-                seconds[num] = min(_timed([partial(copy, moves) for moves in turns])) / num
+            turns = [  # each through other memory than the one before
+                [BlockMove(i, i) for i in range(first, first + num)]
+                for first in (number * num % (room - num + 1) for number in range(effort.repeats))
+            ]
+            stores[num] = min(_timed([partial(self._copy, moves, []) for moves in turns])) / num
+            loads[num] = min(_timed([partial(self._copy, [], moves) for moves in turns])) / num
         return stores, loads
 
-    def _load(self, moves: Sequence[BlockMove]) -> None:
+    def _copy(self, stores: Sequence[BlockMove], loads: Sequence[BlockMove]) -> None:
         assert self._transfer is not None
-        loading = self._transfer.load(moves)
-        for layer in range(len(self._store.layers)):
+        self._transfer.store(stores)
+        loading = self._transfer.load(loads)
+        for layer in range(len(self._store.layers) if loads else 0):
             loading.wait_for(layer)  # as a step does; blocks copied as a whole would cost less
         loading.finish()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.batch import StepPlan, StepResult
+from engine.batch import Collect, StepPlan, StepResult
 from engine.cache.block import BlockMove
 from engine.cache.costs import MeasuredCosts
 from engine.cache.kv_store import KVStore
@@ -27,16 +27,25 @@ PROFILE = Profile(SUBJECT, 1_800_000_000, 0.25, COSTS)
 
 
 class Machine:
-    """Runs and copies, and looks at what it is given.  A step takes a millisecond per block that it reads."""
+    """Runs and copies, and looks at what it is given.  Both take their time until they are waited for, as a
+    GPU's do: a step `read_s` per block that it reads, a store `store_s` per block.
+    """
 
-    def __init__(self, num_blocks: int = NUM_BLOCKS, num_host_blocks: int = 40, read_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        num_blocks: int = NUM_BLOCKS,
+        num_host_blocks: int = 40,
+        read_s: float = 0.0,
+        store_s: float = 0.0,
+    ) -> None:
         self.store_ = KVStore(2, num_blocks, 1, SIZE, 8, torch.float32)
         self.num_host_blocks = num_host_blocks
-        self.read_s = read_s
+        self.read_s, self.store_s = read_s, store_s
         self.plans: list[StepPlan] = []
         self.loads: list[list[BlockMove]] = []
+        self.under_way: float | None = None  # seconds that remain of what has begun
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> Collect:
         (segment,) = plan.segments
         num_before = segment.first // SIZE
         for slot in segment.slots[:num_before]:
@@ -45,17 +54,34 @@ class Machine:
             self.store_.slab[:, slot] = 1.0
         assert len(set(segment.slots[num_before:])) == len(segment.slots[num_before:])
         self.plans.append(plan)
-        time.sleep(self.read_s * len(segment.slots))
-        return StepResult()
+        self.begin(self.read_s * len(segment.slots))
+
+        def collect() -> StepResult:
+            self.end()
+            return StepResult()
+
+        return collect
+
+    def begin(self, seconds: float) -> None:
+        assert self.under_way is None, "one at a time is measured"
+        self.under_way = seconds
+
+    def end(self) -> None:
+        assert self.under_way is not None
+        time.sleep(self.under_way)
+        self.under_way = None
 
     def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+        self.begin(self.store_s * len(moves))
         return frozenset()
 
     def load(self, moves: Sequence[BlockMove]) -> "Machine":
+        assert self.under_way is not None, "stores of a step come before its loads"
         assert all(move.host_slot < self.num_host_blocks for move in moves)
         assert all(move.device_slot < self.store_.slab.shape[1] for move in moves)
-        self.loads.append(list(moves))
-        self.layers_waited_for = 0
+        if moves:
+            self.loads.append(list(moves))
+        self.layers_waited_for = 0 if moves else len(self.store_.layers)
         return self
 
     def wait_for(self, layer: int) -> None:
@@ -64,6 +90,7 @@ class Machine:
 
     def finish(self) -> frozenset[BlockMove]:
         assert self.layers_waited_for == len(self.store_.layers), "a load is timed as a step makes it"
+        self.end()
         return frozenset()
 
     def profiler(self, context_tokens: int, *, with_host: bool = True) -> Profiler:
@@ -104,7 +131,7 @@ def test_a_short_context_is_measured_at_its_end(context_tokens: int) -> None:
 
 
 def test_what_is_attended_to_holds_kv_in_no_more_memory_than_allowed() -> None:
-    """`Machine.run` looks at every block that is attended to."""
+    """`Machine.launch` looks at every block that is attended to."""
     machine = Machine()
     per_block = machine.store_.slab[:, 0].nbytes
     costs = machine.profiler(1200).measure(replace(EFFORT, num_bytes=20 * per_block, num_copied=(4,)))
@@ -140,6 +167,13 @@ def test_copies_go_through_memory_that_was_touched_before_but_not_just_now() -> 
     for before, after in pairwise(timed):
         if len(before) == len(after) < 16:
             assert not set(before) & set(after)
+
+
+def test_a_store_is_timed_to_its_end() -> None:
+    costs = Machine(store_s=0.002).profiler(64).measure(replace(EFFORT, num_copied=(1, 4)))
+    assert costs.store_s[1] == pytest.approx(0.002, rel=0.5)
+    assert costs.store_s[4] == pytest.approx(0.002, rel=0.5)
+    assert costs.load_s[4] < 0.001
 
 
 @pytest.mark.parametrize(("num_host_blocks", "sizes"), [(1, {1}), (3, {1, 3}), (40, {1, 4, 16})])
@@ -234,6 +268,7 @@ def test_a_file_of_something_else_is_no_profile(tmp_path: Path, content: str, co
     [
         ("model", "fedcba9876543210"),
         ("device", "cuda"),
+        ("machine", "NVIDIA H200, capability 9.0, beside Some CPU"),
         ("dtype", "float32"),
         ("threads", 8),
         ("block_size", 64),
