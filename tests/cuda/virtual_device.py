@@ -103,8 +103,8 @@ class VirtualDevice:
     """`early` streams do their work as soon as they may, the others as late as they may; the compute stream,
     if early, has always done it all.
 
-    `trace` tells what was asked for, in order.  `sites` are the places in the program that waited;
-    `ignored_site` is one where waiting is left out, to see whether anybody notices.
+    `trace` tells what was asked for, in order.  `sites` are the places in the program that waited,
+    and who did; `ignored_site` is one where waiting is left out, to see whether anybody notices.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class VirtualDevice:
         event.point = Point(stream, stream.num_given)
 
     def wait(self, stream: VirtualStream, event: VirtualEvent) -> None:
-        if self._is_ignored():
+        if self._is_ignored(stream.name):
             return
         self.trace.append(Entry(stream.name, "wait", event))
         self._give(stream, _Task(after=event.point))
@@ -156,7 +156,7 @@ class VirtualDevice:
             self.finish(stream)
 
     def synchronize(self, event: VirtualEvent) -> None:
-        if self._is_ignored():
+        if self._is_ignored("host"):
             return
         self.trace.append(Entry("host", "wait", event))
         if event.point is not None:
@@ -193,12 +193,6 @@ class VirtualDevice:
             assert self.is_pinned(to) or self.is_pinned(source), "the host's side of a copy is not pinned"
         self.trace.append(Entry(stream.name, "copy", to.nbytes))
         self._give(stream, _Task(lambda: _move(span(to), span(source)), (span(source),), (span(to),)))
-
-    def copy_bytes(self, to: int, source: int, num_bytes: int, stream: VirtualStream) -> None:
-        """The same by address."""
-        spans = Span(to, num_bytes), Span(source, num_bytes)
-        self.trace.append(Entry(stream.name, "copy", num_bytes))
-        self._give(stream, _Task(lambda: _move(*spans), (spans[1],), (spans[0],)))
 
     def launch(
         self, stream: VirtualStream, name: str, run: Callable[[], None], reads: Collection[Tensor] = ()
@@ -265,9 +259,9 @@ class VirtualDevice:
         self._now += 1e-6
         stream.ends.append(self._now)
 
-    def _is_ignored(self) -> bool:
+    def _is_ignored(self, waiting: str) -> bool:
         caller = sys._getframe(2)
-        site = f"{Path(caller.f_code.co_filename).name}:{caller.f_code.co_name}:{caller.f_lineno}"
+        site = f"{Path(caller.f_code.co_filename).name}:{caller.f_lineno}:{waiting}"
         self.sites.add(site)
         return site == self._ignored_site
 
