@@ -40,8 +40,8 @@ class TransferEngine(Protocol):
         ...
 
     def load(self, moves: Sequence[BlockMove]) -> Loading:
-        """Host to device, layer by layer (Pensieve, section 4.3.3).  Called after the stores of the same step,
-        whose end `Loading.finish` waits for as well.
+        """Host to device, layer by layer (Pensieve, section 4.3.3).  Called after the stores, for whose
+        end `Loading.finish` waits as well.
         """
         ...
 
