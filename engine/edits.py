@@ -31,7 +31,8 @@ class Edits:
         self._num_calls = 0
 
     def apply(self, logits: Tensor, params: Mapping[int, RowParams]) -> None:
-        """Edits logits [R, V] fp32 in place, those of rows that ask for nothing excepted.
+        """Edits logits [R, V] fp32 in place, those of rows that ask for nothing excepted.  If they are on a
+        GPU, nobody waits for it.
 
         `params` by the row's name, in the order of logits.  InvariantError if a history is not all there.
         """
@@ -45,7 +46,7 @@ class Edits:
         bans += [
             (at, array("q", stop_ids(p.sampling, self._eos_ids)))
             for at, p in enumerate(params.values())
-            if p.num_generated < (p.sampling.min_tokens or 0)
+            if _holds_back_stops(p)
         ]
         if tokens := _lists(bans):
             ban_(logits, tokens)
@@ -126,6 +127,15 @@ class _Row:
         for word in self._bad_ends.get(reply[-1], ()) if reply else ():
             if reply[-len(word) + 1 :] == word[:-1]:
                 yield word[-1]
+
+
+def is_edited(params: RowParams) -> bool:
+    """Whether `Edits` may change this row's logits."""
+    return _edits(params) or _holds_back_stops(params)
+
+
+def _holds_back_stops(params: RowParams) -> bool:
+    return params.num_generated < (params.sampling.min_tokens or 0)
 
 
 def _edits(params: RowParams) -> bool:

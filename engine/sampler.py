@@ -1,6 +1,7 @@
 """From logits to token ids: edits first, then logprobs, then a choice by temperature and filters."""
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,14 +15,16 @@ from kernels.highest import Highest, highest
 from kernels.logprobs import logprobs
 from kernels.sampling import NUM_LISTED, SamplingRows, greedy, sample
 
+Reporting: TypeAlias = Sequence[tuple[int, int, int]]
+"""The rows that report logprobs: place among the logits, name, and of how many likeliest tokens."""
 
-class Sampler:
-    """Chooses tokens for one model.  A row's token depends on its logits and its `RowParams` alone."""
+
+class SamplerRules:
+    """What samplers of one model have in common: what they refuse."""
 
     def __init__(self, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
-        self._edits = Edits(eos_ids)
 
     def check(self, params: SamplingParams, bad_word_ids: Sequence[Sequence[int]] = ()) -> None:
         """InvalidRequest if these parameters cannot work with this model's vocabulary."""
@@ -50,6 +53,14 @@ class Sampler:
         wrong = [token for token in tokens if not 0 <= token < self._vocab_size]
         if wrong:
             raise InvalidRequest(f"{where} {wrong[0]}; this model's tokens are 0 to {self._vocab_size - 1}")
+
+
+class Sampler(SamplerRules):
+    """Chooses tokens for one model.  A row's token depends on its logits and its `RowParams` alone."""
+
+    def __init__(self, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        super().__init__(vocab_size, eos_ids)
+        self._edits = Edits(eos_ids)
 
     def sample(
         self, logits: Tensor, params: Mapping[int, RowParams]
@@ -90,22 +101,43 @@ def _rows(params: Sequence[RowParams]) -> SamplingRows:
 def _logprobs(
     logits: Tensor, params: Mapping[int, RowParams], chosen: Tensor, listed: Highest | None
 ) -> dict[int, TokenLogprobs]:
-    """Of the rows that report them; a token that cannot be chosen is not among the likeliest."""
-    asked = [(at, row, p.sampling.logprobs) for at, (row, p) in enumerate(params.items())]
-    wanted = [(at, row, num) for at, row, num in asked if num is not None]
-    if not wanted:
+    reporting = rows_reporting(params)
+    if not reporting:
         return {}
-    some = slice(None) if len(wanted) == len(params) else torch.tensor([at for at, _, _ in wanted])
-    most = max(num for _, _, num in wanted)
-    found = logprobs(logits[some], chosen[some], most, listed and listed.select(some))
-    of_chosen, top, ids = (values.tolist() for values in found)
+    some = slice(None) if len(reporting) == len(params) else torch.tensor([at for at, _, _ in reporting])
+    found = logprobs(logits[some], chosen[some], num_reported(reporting), listed and listed.select(some))
+    return token_logprobs(reporting, chosen[some], *found)
+
+
+def rows_reporting(params: Mapping[int, RowParams]) -> Reporting:
+    asked = [(at, row, p.sampling.logprobs) for at, (row, p) in enumerate(params.items())]
+    return [(at, row, num) for at, row, num in asked if num is not None]
+
+
+def num_reported(reporting: Reporting) -> int:
+    """Likeliest tokens of the row that reports most."""
+    return max(num for _, _, num in reporting)
+
+
+def token_logprobs(
+    reporting: Reporting, chosen: Tensor, of_chosen: Tensor, top: Tensor, ids: Tensor
+) -> dict[int, TokenLogprobs]:
+    """By the row's name.  A token that cannot be chosen is not among the likeliest.
+
+    The tensors are what `kernels.logprobs` takes and gives for these rows, in the host's memory.
+    """
+    values, top_ids = top.tolist(), ids.tolist()
     return {
         row: TokenLogprobs(
             token,
             logprob,
-            tuple((id, value) for id, value in zip(ids[i][:num], top[i], strict=False) if value > -torch.inf),
+            tuple(
+                (id, value)
+                for id, value in zip(top_ids[i][:num], values[i], strict=False)
+                if value > -torch.inf
+            ),
         )
         for i, ((_, row, num), token, logprob) in enumerate(
-            zip(wanted, chosen[some].tolist(), of_chosen, strict=True)
+            zip(reporting, chosen.tolist(), of_chosen.tolist(), strict=True)
         )
     }

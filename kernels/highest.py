@@ -43,7 +43,7 @@ def highest(logits: Tensor, num: int) -> Highest:
     counts = torch.bincount(row, minlength=num_rows)
     is_listed = torch.arange(max(1, int(counts.max()))) < counts[:, None]
     keys = torch.full(is_listed.shape, _PADDING)
-    keys[is_listed] = _keys(logits[row, ids], ids)
+    keys[is_listed] = sort_keys(logits[row, ids], ids)
     keys.numpy().sort(-1)
     sorted_ids = (keys & 0xFFFFFFFF).clamp_(max=vocab - 1)
     values = logits.gather(1, sorted_ids).masked_fill_(~is_listed, -torch.inf)
@@ -63,8 +63,10 @@ def _threshold(logits: Tensor, num: int) -> Tensor:
     return candidates[:, place].clamp(min=_LOWEST)
 
 
-def _keys(values: Tensor, ids: Tensor) -> Tensor:
-    """Integers that ascend where logits [N] fp32 descend, and among equal ones as ids [N] do.  [N] int64"""
+def sort_keys(values: Tensor, ids: Tensor) -> Tensor:
+    """Integers that ascend where logits fp32 descend, and among equal ones as ids int64 do, which are their
+    lower 32 bits.  int64; on any device
+    """
     bits = (values + 0.0).view(torch.int32)  # -0 equals 0, and has its bits from now on
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers compare: more negative, more bits flipped
     return (~ascending).long() << 32 | ids

@@ -141,7 +141,7 @@ def _check_column(name: str, x: Tensor, dtype: torch.dtype, logits: Tensor) -> N
 
 def _width(vocab: int) -> int:
     """Groups of a row, up to the next power of 2."""
-    return triton.next_power_of_2(triton.cdiv(vocab, GROUP.value))
+    return int(triton.next_power_of_2(triton.cdiv(vocab, GROUP.value)))
 
 
 def _per_group(logits: Tensor) -> Tensor:
