@@ -59,8 +59,6 @@ class KVSizes:
         A host tier that does not fit becomes one that does.  Raises ConfigError if the device tier does not
         fit, or less than a block would be left of the host tier.
         """
-        if config.device == "cuda" and gpu is None:
-            raise ConfigError("device cuda is not supported yet; use --device cpu")
         size = config.block_size
         device = _tokens(config.device_kv_tokens, config.device_kv_bytes, bytes_per_token)
         host = _tokens(config.host_kv_tokens, config.host_kv_bytes, bytes_per_token)
@@ -84,6 +82,15 @@ class KVSizes:
     def refused(self, block_size: int, room: Room) -> ConfigError:
         """For a device tier that `room` turned out not to hold: an error that says what would fit."""
         return _no_room(self.num_blocks * block_size, self.bytes_per_block // block_size, room)
+
+    def crowds_out(self, block_size: int) -> ConfigError:
+        """For a device tier beside which steps turned out not to fit."""
+        tokens = self.num_blocks * block_size
+        return ConfigError(
+            f"a KV cache of {tokens:,} tokens leaves too little of the GPU's memory for steps; "
+            f"--device-kv-tokens {int(tokens * FITTING_SHARE)} leaves them a tenth of it, "
+            f"and a smaller --max-step-tokens asks for less"
+        )
 
     def describe(self, block_size: int) -> str:
         """For people."""

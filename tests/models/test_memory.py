@@ -35,11 +35,16 @@ done = threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
 from engine.models import load_model
-decoder = load_model(Path(sys.argv[1]), getattr(torch, sys.argv[2]))
+decoder = load_model(Path(sys.argv[1]), getattr(torch, sys.argv[2]), torch.device(sys.argv[3]))
 done.set()
 watcher.join()
 print(json.dumps(max(peak, anonymous_bytes()) - before))
 """
+
+
+def peak_of_loading(folder: Path, dtype: str, device: str) -> int:
+    command = [sys.executable, "-c", LOADER, str(folder), dtype, device]
+    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
 @pytest.mark.parametrize(
@@ -56,13 +61,18 @@ def test_loading_peaks_at_little_more_than_the_packed_weights(
 ) -> None:
     config: dict[str, Any] = {**SHAPES[shape], **SIZES, "num_attention_heads": 12}
     write_random_model(tmp_path, config, stored)
-    result = subprocess.run(
-        [sys.executable, "-c", LOADER, str(tmp_path), computed], check=True, capture_output=True, text=True
-    )
-    peak = json.loads(result.stdout)
+    peak = peak_of_loading(tmp_path, computed, "cpu")
     packed = packed_bytes(config, getattr(torch, computed))
     assert packed > 90e6
     assert peak <= 1.3 * packed, f"{peak / 1e6:.0f} MB for {packed / 1e6:.0f} MB of packed weights"
+
+
+def test_what_goes_to_a_device_leaves_no_copy_in_the_hosts_memory(tmp_path: Path) -> None:
+    """Converted on its way, as one tensor at a time."""
+    config: dict[str, Any] = {**SHAPES["qwen2.5-0.5b"], **SIZES, "num_attention_heads": 12}
+    write_random_model(tmp_path, config, torch.float32)
+    peak, weights = peak_of_loading(tmp_path, "float16", "meta"), packed_bytes(config, torch.float16)
+    assert peak <= 0.6 * weights, f"{peak / 1e6:.0f} MB for {weights / 1e6:.0f} MB of weights"
 
 
 def packed_bytes(config: dict[str, Any], dtype: torch.dtype) -> int:
