@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.cache.block import BlockMove
-from engine.cache.kv_store import KVStore
+from engine.cache.kv_store import HostStore, KVStore
 from engine.cuda.device import Device, Event, Stream
 
 CHUNK = 8
@@ -46,12 +46,14 @@ class Runs(NamedTuple):
 
 class PinnedStore:
     """The host tier of a GPU: `slab` is [B / CHUNK, L, CHUNK, 2, G, P, D], with as many whole chunks as it
-    takes for B blocks like those of `kv`.
+    takes for B blocks like those of `kv`.  Raises ConfigError where there is no such memory.
     """
 
     def __init__(self, device: Device, kv: KVStore, num_blocks: int) -> None:
         num_layers, _, *rest = kv.slab.shape
-        self.slab = device.pinned((-(-num_blocks // CHUNK), num_layers, CHUNK, *rest), kv.slab.dtype)
+        num_chunks = -(-num_blocks // CHUNK)
+        memory = HostStore(kv, num_chunks * CHUNK, device.pinned).slab
+        self.slab = memory.view(num_chunks, num_layers, CHUNK, *rest)
 
     def block(self, slot: int) -> Tensor:
         """[L, 2, G, P, D], a view."""
