@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from tools.bench import compare
+from tools.gpu_suite import report as gpu_suite
 from tools.peers.report import engines_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +39,7 @@ def main() -> None:
     if parser.parse_args().write:
         README.write_text(with_numbers(README.read_text()))
     else:
-        print(set_up(), scoreboard(), table(), cpu(), tiers(), sep="\n\n")
+        print(set_up(), scoreboard(), table(), cpu(), gpu(), tiers(), sep="\n\n")
 
 
 def with_numbers(readme: str) -> str:
@@ -48,6 +49,7 @@ def with_numbers(readme: str) -> str:
         ("scoreboard", scoreboard()),
         ("measured", table()),
         ("cpu", cpu()),
+        ("gpu", gpu()),
         ("tiers", tiers()),
     ):
         begin, end = f"<!-- {name}: python -m tools.readme_table --write -->", f"<!-- /{name} -->"
@@ -132,6 +134,11 @@ def _alone(shape: str) -> str:
         f"{memory['gb']:.2f} GB, {memory['besides_gb']:.2f} of them neither weights nor KV; first token "
         f"{start['start_s']:.1f} s after its start."
     )
+
+
+def gpu() -> str:
+    """What the newest run of the GPU suite found."""
+    return gpu_suite.readme_table(gpu_suite.newest(RESULTS))
 
 
 def tiers() -> str:

@@ -5,7 +5,8 @@ reason; each is written down at once, so that nothing is lost with the process.
 import json
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,29 @@ class Context:
 
     def case(self, name: str, work: Callable[[], dict[str, Any] | None]) -> None:
         """Figures of `work` are kept with it; a `status` among them is its own."""
+        if self._may_begin(name):
+            with self._recorded(name) as figures:
+                figures |= work() or {}
+
+    async def case_on_loop(self, name: str, work: Callable[[], Awaitable[dict[str, Any]]]) -> None:
+        """The same on an event loop."""
+        if self._may_begin(name):
+            with self._recorded(name) as figures:
+                figures |= await work()
+
+    def _may_begin(self, name: str) -> bool:
         if name in self.done:
-            return
-        if self.left_s <= 0:
-            self.write({"case": name, "status": LATE})
-            return
-        self.write({"case": name, "status": BEGUN})
-        begun = time.monotonic()
-        lost = False
+            return False
+        self.write({"case": name, "status": BEGUN if self.left_s > 0 else LATE})
+        return self.left_s > 0
+
+    @contextmanager
+    def _recorded(self, name: str) -> Iterator[dict[str, Any]]:
+        """Whatever becomes of the body is written down; only DeviceLost leaves it."""
+        begun, lost = time.monotonic(), False
+        record: dict[str, Any] = {"status": PASSED}
         try:
-            record = {"status": PASSED} | (work() or {})
+            yield record
         except Skip as reason:
             record = {"status": SKIPPED, "reason": str(reason)}
         except ModuleNotFoundError as error:
