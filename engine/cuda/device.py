@@ -4,9 +4,11 @@
 a stream runs in order, and nothing orders two streams but the events that one of them waits for.
 """
 
+import ctypes
 import sys
 import weakref
 from contextlib import AbstractContextManager
+from math import prod
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -20,6 +22,8 @@ Stream: TypeAlias = Any  # torch.cuda.Stream, or a twin's; `cuda_stream` is what
 Event: TypeAlias = Any  # torch.cuda.Event, or a twin's
 
 _PORTABLE_AND_MAPPED = 3  # flags of cudaHostRegister
+_LEAST_REGISTERED_BYTES = 1 << 20
+"""Torch rounds what it pins itself up to a power of two, which must not happen to a host tier."""
 
 
 class Device(Protocol):
@@ -108,10 +112,6 @@ class TorchDevice:
             for _ in range(4)
         )
         self._events: list[torch.cuda.Event] = []
-        self._registered: list[Tensor] = []
-        # At the end of the process the system takes everything; before it, the driver must not keep pages
-        # that have been unmapped.
-        weakref.finalize(self, _unregister, self._registered, torch_device).atexit = False
 
     def event(self) -> Event:
         if self._events:
@@ -143,17 +143,11 @@ class TorchDevice:
         return torch.empty(shape, dtype=dtype, device=self.torch_device)
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Torch's own pinned memory is rounded up to a power of two, up to twice of what a host tier is to
-        take: it only serves where registering is impossible.
-        """
-        if sys.platform == "linux":
-            memory = zeros(shape, dtype)
+        if sys.platform == "linux" and prod(shape) * dtype.itemsize >= _LEAST_REGISTERED_BYTES:
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             with torch.cuda.device(self.torch_device):
-                error = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE_AND_MAPPED)
-            if int(error) == 0:
-                self._registered.append(memory)
-                return memory
+                if (memory := registered(shape, dtype, runtime)) is not None:
+                    return memory
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def copy(self, to: Tensor, source: Tensor, stream: Stream) -> None:
@@ -165,10 +159,17 @@ class TorchDevice:
         return Room(free, f"the memory of {torch.cuda.get_device_name(self.torch_device)}")
 
 
-def _unregister(memory: list[Tensor], torch_device: torch.device) -> None:
-    if memory:
-        torch.cuda.synchronize(torch_device)
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        for tensor in memory:
-            runtime.cudaHostUnregister(tensor.data_ptr())
-        memory.clear()
+def registered(shape: tuple[int, ...], dtype: torch.dtype, runtime: Any) -> Tensor | None:
+    """Memory that the CUDA runtime has pinned, until the tensor and all its views are gone; None if it
+    refuses.  Linux only.
+    """
+    memory = zeros(shape, dtype)
+    address = memory.data_ptr()
+    if int(runtime.cudaHostRegister(address, memory.nbytes, _PORTABLE_AND_MAPPED)) != 0:
+        return None
+    # Whoever holds the result holds this; pages must not be unmapped before the driver has let go of them.
+    owner = (ctypes.c_char * memory.nbytes).from_address(address)
+    owner.memory = memory  # type: ignore[attr-defined]
+    # At the end of the process the system takes everything, and the runtime may be gone.
+    weakref.finalize(owner, runtime.cudaHostUnregister, address).atexit = False
+    return torch.frombuffer(owner, dtype=dtype).view(shape)

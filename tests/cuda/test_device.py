@@ -1,9 +1,12 @@
 """The twin keeps to what CUDA promises and to no more; and a real device, where there is one."""
 
+import ctypes
+import sys
+
 import pytest
 import torch
 
-from engine.cuda.device import Device, TorchDevice
+from engine.cuda.device import Device, TorchDevice, registered
 from tests.cuda.virtual_device import STREAMS, VirtualDevice
 
 LATE: tuple[str, ...] = ()
@@ -178,14 +181,50 @@ def test_the_twin_is_a_device() -> None:
     assert as_engine_sees_it(VirtualDevice(free_bytes=5)).room().num_bytes == 5
 
 
+class Runtime:
+    """Stands in for what torch shows of the CUDA runtime."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.registered: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        if not self.error:
+            self.registered[address] = num_bytes
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:
+        ctypes.memset(address, 1, self.registered.pop(address))  # it is still mapped
+        return 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes memory as Linux gives it")
+def test_memory_is_registered_as_large_as_it_is_until_nobody_has_any_of_it() -> None:
+    runtime = Runtime()
+    memory = registered((3, 1000), torch.bfloat16, runtime)
+    assert memory is not None and runtime.registered == {memory.data_ptr(): 6000}
+    memory.fill_(1.5)
+    part = memory[1]
+    del memory
+    assert runtime.registered and (part == 1.5).all()
+    del part
+    assert not runtime.registered
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes memory as Linux gives it")
+def test_memory_that_cannot_be_registered_is_none() -> None:
+    assert registered((3, 1000), torch.bfloat16, Runtime(error=801)) is None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_copies_both_ways_through_pinned_memory() -> None:
+@pytest.mark.parametrize("num", [1000, 500_000])
+def test_a_gpu_copies_both_ways_through_pinned_memory(num: int) -> None:
     device = TorchDevice(torch.device("cuda:0"))
-    far, back = device.pinned((1000,), torch.float32), device.pinned((1000,), torch.float32)
-    assert far.is_pinned() and far.nbytes == 4000
-    far.copy_(torch.arange(1000))
-    near = device.empty((1000,), torch.float32)
+    far, back = device.pinned((num,), torch.float32), device.pinned((num,), torch.float32)
+    assert far.is_pinned() and far[1:].is_pinned() and far.nbytes == 4 * num
+    far.copy_(torch.arange(num))
+    near = device.empty((num,), torch.float32)
     first, loaded, stored = (device.event() for _ in range(3))
     device.record(first, device.loads)
     device.copy(near, far, device.loads)
