@@ -1,5 +1,6 @@
 """Which device computes: what was asked for, against what this machine has."""
 
+import importlib
 import importlib.util
 import logging
 import warnings
@@ -70,8 +71,7 @@ def gpu_machine() -> str:
 
 def gpu_kernels() -> str:
     """What computes there, for people and for a profile of costs."""
-    import triton
-
+    triton = importlib.import_module("triton")  # which torch for CUDA brings along
     return f"triton {triton.__version__}, torch {torch.__version__}"
 
 
