@@ -29,7 +29,7 @@ from engine.live import LiveConversation, Outbox
 from engine.load import Load
 from engine.operations import Operations, checked_id
 from engine.registry import Registry, not_found
-from engine.sampler import Sampler
+from engine.sampler import SamplerRules
 from engine.scheduler import Step
 from engine.statistics import Statistics
 from engine.step_loop import StepLoop
@@ -72,7 +72,7 @@ class AsyncEngine:
         core: EngineCore,
         log: TokenLog,
         text: TextService,
-        sampler: Sampler,
+        sampler: SamplerRules,
         clock: Clock,
         info: ModelInfo,
         defaults: SamplingParams,

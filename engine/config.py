@@ -44,6 +44,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.device == "cuda" and self.verify_reloads:
             raise ConfigError("--verify-reloads is not for a GPU, whose copies the host does not see")
+        if self.device == "cuda" and self.step_profile is not None:
+            raise ConfigError("--step-profile tells where a CPU's time goes; for a GPU use torch's profiler")
         if self.device == "cpu" and self.dtype == "float16":
             raise ConfigError("dtype float16 has no fast path on CPUs; use bfloat16 or float32")
         if self.block_size not in BLOCK_SIZES:

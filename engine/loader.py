@@ -16,6 +16,7 @@ from engine.cache.transfer import TransferEngine
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.cost_profile import Profile, read_profile
+from engine.devices import with_device
 from engine.errors import ConfigError, ModelFolderError
 from engine.models.config import ModelConfig
 from engine.models.layer_attention import reach
@@ -28,6 +29,7 @@ from engine.text_service import TextService
 from engine.token_log import TokenLog
 from engine.types import Clock, Limits, ModelInfo, SamplingParams
 from kernels import __version__
+from kernels.marks import Mark, unmarked
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def load_engine(config: EngineConfig, clock: Clock | None = None) -> AsyncEngine
     """Blocks while the model loads.  Raises ModelFolderError, ConfigError or DataDirError, each saying what
     to do.
     """
-    clock = clock or SystemClock()
+    clock, config = clock or SystemClock(), with_device(config)
     with ExitStack() as opened:
         recorder = StepFile(config.step_profile) if config.step_profile else StepRecorder()
         opened.callback(recorder.close)
@@ -84,7 +86,7 @@ def _build(
     log: TokenLog,
     recorder: StepRecorder,
 ) -> AsyncEngine:
-    parts = cpu_parts(config, model, tokenizer, recorder.mark)
+    parts = _parts(config, model, tokenizer, recorder.mark)
     kv, size = parts.kv, config.block_size
     transfer = parts.new_transfer(kv.num_host_blocks) if kv.num_host_blocks else None
     costs, costs_line = None, ""
@@ -146,12 +148,20 @@ def profile_model(config: EngineConfig, on_position: Callable[[int], None]) -> P
 
     Raises ModelFolderError or ConfigError.
     """
-    config = replace(config, host_kv_tokens=HOST_BLOCKS_TO_PROFILE * config.block_size)
-    parts = cpu_parts(config, ModelConfig.from_dir(config.model), Tokenizer.from_dir(config.model))
+    config = with_device(replace(config, host_kv_tokens=HOST_BLOCKS_TO_PROFILE * config.block_size))
+    parts = _parts(config, ModelConfig.from_dir(config.model), Tokenizer.from_dir(config.model))
     load_average, begun = os.getloadavg()[0], time.time()
     transfer = parts.new_transfer(parts.kv.num_host_blocks)
     costs = parts.profiler(config, transfer).measure(THOROUGH, on_position)
     return Profile(parts.subject, int(begun), load_average, costs)
+
+
+def _parts(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer, mark: Mark = unmarked) -> Parts:
+    if config.device == "cuda":
+        from engine.cuda.parts import cuda_parts  # which brings in Triton
+
+        return cuda_parts(config, model, tokenizer)
+    return cpu_parts(config, model, tokenizer, mark)
 
 
 def _costs(

@@ -22,7 +22,7 @@ from engine.models import load_model
 from engine.models.config import ModelConfig
 from engine.models.dtype import default_dtype
 from engine.profile import Profiler
-from engine.sampler import Sampler
+from engine.sampler import Sampler, SamplerRules
 from engine.step_budget import Pacing
 from engine.text.tokenizer import Tokenizer
 from kernels import __version__, dispatch
@@ -41,7 +41,7 @@ class Parts:
     kv: KVSizes
     store: KVStore
     runner: Runner
-    sampler: Sampler
+    sampler: SamplerRules
     context_tokens: int
     subject: Subject
     device: str  # for people

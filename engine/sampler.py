@@ -74,7 +74,7 @@ class Sampler(SamplerRules):
             rows = list(params.values())
             listed = _listed(logits, [p.sampling for p in rows])
             all_greedy = not any(p.sampling.temperature for p in rows)
-            chosen = greedy(logits) if all_greedy else sample(logits, _rows(rows), listed)
+            chosen = greedy(logits) if all_greedy else sample(logits, sampling_rows(rows), listed)
             ids: dict[int, int] = dict(zip(params, chosen.tolist(), strict=True))
             return ids, _logprobs(logits, params, chosen, listed)
 
@@ -87,7 +87,7 @@ def _listed(logits: Tensor, params: Sequence[SamplingParams]) -> Highest | None:
     return highest(logits, min(most, logits.shape[1])) if most else None
 
 
-def _rows(params: Sequence[RowParams]) -> SamplingRows:
+def sampling_rows(params: Sequence[RowParams]) -> SamplingRows:
     return SamplingRows(
         temperature=torch.tensor([p.sampling.temperature or 0.0 for p in params], dtype=torch.float32),
         top_k=torch.tensor([p.sampling.top_k or 0 for p in params]),

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from engine.errors import ContextOverflow, InvalidRequest, NotFound
 from engine.history import tokens_of
 from engine.live import LiveConversation, TurnInput
-from engine.sampler import Sampler
+from engine.sampler import SamplerRules
 from engine.text.messages import tools_as_values
 from engine.text_service import PastTurn, TextService, TurnPrompt
 from engine.token_log import TokenLog
@@ -39,7 +39,7 @@ class TurnInputs:
         self,
         log: TokenLog,
         text: TextService,
-        sampler: Sampler,
+        sampler: SamplerRules,
         defaults: SamplingParams,
         *,
         vocab_size: int,

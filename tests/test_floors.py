@@ -35,6 +35,7 @@ FLOORS = {
     "engine.async_engine": 5,
     "engine.attachment": 5,
     "engine.core": 5,
+    "engine.cuda.parts": 5,
     "engine.in_flight": 5,
     "engine.loader": 5,
     "engine.operations": 5,

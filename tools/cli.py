@@ -422,7 +422,8 @@ def _declare_idle_kv(parser: Parser) -> None:
         "--host-kv-tokens",
         type=count,
         metavar="N",
-        help="memory for KV that leaves the device tier; it is copied back when needed (0 = none)",
+        help="memory for KV that leaves the device tier; it is copied back when needed (0 = none; on a GPU "
+        "by free memory)",
     )
     add("--host-kv-memory", type=memory, metavar="16GiB", help="the same in bytes")
     add = group.add_argument
@@ -452,9 +453,8 @@ def _declare_load(parser: Parser) -> None:
     add(
         "--max-step-tokens",
         type=positive,
-        default=512,
         metavar="N",
-        help="computed at once; longer prompts take several steps (512)",
+        help="computed at once; longer prompts take several steps (512, on a GPU 2048)",
     )
     add("--max-concurrent", type=positive, default=32, metavar="N", help="turns computed at once (32)")
     add("--max-queue", type=positive, default=256, metavar="N", help="turns that may wait (256)")

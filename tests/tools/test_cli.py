@@ -92,7 +92,7 @@ def test_without_a_bundled_model_one_has_to_be_named(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--device", "cuda"], "device cuda is not supported yet; use --device cpu"),
+        (["--device", "cuda", "--verify-reloads"], "--verify-reloads is not for a GPU, whose copies"),
         (["--block-size", "20"], "block size is 20; it must be one of 16, 32, 64"),
         (["--device-kv-tokens", "33"], "the KV cache would hold 33 tokens; give it at least 64 (two blocks)"),
         (["--listen", "0.0.0.0:0"], "add --token-file and --tls-cert and --tls-key, listen on 127.0.0.1, or"),
