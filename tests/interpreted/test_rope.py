@@ -116,6 +116,19 @@ def test_heads_are_normed_before_they_are_rotated(size: int) -> None:
     assert_right(Case.of(size).normed())
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
+def test_half_precision_is_rounded_where_the_reference_rounds(weight_dtype: torch.dtype) -> None:
+    """In float16; the interpreter computes bfloat16 wrongly."""
+    case = Case.of(40).normed()
+    norms = replace(
+        case.norms, **{name: getattr(case.norms, name).to(weight_dtype) for name in ("q_weight", "k_weight")}
+    )
+    case = replace(case, **{name: getattr(case, name).half() for name in ("q", "k", "v", "kv")}, norms=norms)
+    assert_right(case)
+    expected = turned(case.q, case.cos_sin[case.positions], norms.q_weight, norms.eps)
+    assert (case.run()[0] == expected).float().mean() > 0.99
+
+
 def test_without_angles_queries_and_keys_stay_as_they_are() -> None:
     case = replace(Case.of(40), cos_sin=None)
     out, _ = case.run()

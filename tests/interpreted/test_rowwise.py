@@ -67,6 +67,20 @@ def test_norms_of_large_models_agree_with_float64(size: int) -> None:
     assert_within_noise(normed, rms_norm_ref, total, weight, 1e-5)
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
+def test_half_precision_is_rounded_where_the_reference_rounds(weight_dtype: torch.dtype) -> None:
+    """In float16; the interpreter computes bfloat16 wrongly."""
+    x, residual, weight = 3 * torch.randn(5, 200), torch.randn(5, 200), torch.randn(200).to(weight_dtype)
+    x, residual = x.half(), residual.half()
+    assert_within_noise(rms_norm(x, weight, 1e-5), rms_norm_ref, x, weight, 1e-5)
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual) and normed.dtype == torch.float16
+    assert_within_noise(normed, rms_norm_ref, total, weight, 1e-5)
+    assert (normed == rms_norm_ref(total, weight, 1e-5)).float().mean() > 0.99
+    for gate, ref in GATES:
+        assert_within_noise(gate(x), ref, x)
+
+
 def test_a_norm_works_on_the_last_axis_of_any_shape() -> None:
     x, weight = torch.randn(2, 3, 24), torch.randn(24)
     for given in (x, x[0, 0], x.view(1, 2, 3, 24), x[:, :0]):
