@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -254,6 +255,36 @@ def test_only_steps_of_plain_decoding_are_replayed(decoder: Decoder, replayed: l
     ours.run(StepPlan(4, (one, three._replace(token_ids=(5, 6)))))
     ours.run(StepPlan(5, (one_token(chats(1)[0], sampling=SamplingParams(temperature=0.0, logprobs=2)),)))
     assert replayed == [1, 2]
+
+
+def test_edits_and_logprobs_are_those_of_the_cpu(decoder: Decoder, replayed: list[int]) -> None:
+    ours, theirs, every = Cuda(decoder, warm=True), cpu_runner(decoder), chats(3)
+    del replayed[:]
+    every[0].sampling = SamplingParams(temperature=0.0, repetition_penalty=1.3, logprobs=3)
+    every[1].sampling = SamplingParams(temperature=0.8, logit_bias=((7, 5.0), (9, -2.0)))
+    told = 0
+    for number in range(7):
+        plan = with_histories(step_of(number, every), every)
+        found, wanted = ours.run(plan), theirs.run(plan)
+        assert found.sampled == wanted.sampled
+        assert list(found.logprobs) == list(wanted.logprobs)
+        for row, logprobs in wanted.logprobs.items():
+            told += 1
+            assert found.logprobs[row].token_id == logprobs.token_id
+            assert found.logprobs[row].logprob == pytest.approx(logprobs.logprob, abs=1e-5)
+            assert [id for id, _ in found.logprobs[row].top] == [id for id, _ in logprobs.top]
+        tell(every, wanted.sampled)
+    assert told > 3 and not replayed
+
+
+def with_histories(plan: StepPlan, every: Sequence[Chat]) -> StepPlan:
+    """As for rows whose edits take the tokens before."""
+    tokens = {chat.row: array("i", chat.tokens) for chat in every}
+    segments = (
+        segment._replace(draw=segment.draw and segment.draw._replace(history=tokens[segment.row]))
+        for segment in plan.segments
+    )
+    return dataclasses.replace(plan, segments=tuple(segments))
 
 
 def test_every_layer_is_waited_for(decoder: Decoder) -> None:

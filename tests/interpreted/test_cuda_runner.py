@@ -15,7 +15,7 @@ from tests.cuda.engines import cpu_core, cuda_core, replies
 from tests.engine.tiny_model import write_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)
-WARM = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, max_tokens=4)
+WARM = SamplingParams(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, max_tokens=2)
 
 
 @pytest.fixture(scope="module")
