@@ -2,6 +2,7 @@
 run as early or as late as streams allow, and every reply equals a fresh run's.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,18 @@ from engine.core import EngineCore
 from engine.cuda.copies import PinnedStore, RunCopier, Tiers
 from engine.cuda.transfer import CudaTransfer
 from engine.scheduler import Scheduler, Step
+from engine.types import SamplingParams, TurnId
 from tests.cuda.virtual_device import VirtualDevice
 from tests.engine.test_core_histories import (
     BLOCK_SIZE,
     HistoriesEvictedFromTheTail,
-    HistoriesOnABigHost,
     HistoriesOnTwoTiers,
     HistoriesOnTwoTiersAheadByOne,
     HistoriesThroughAWindow,
     run,
 )
-from tests.fakes import EOS, FakeRunner
+from tests.engine.two_tiers import TwoTiers
+from tests.fakes import EOS, FakeRunner, stateless_reply
 
 LATE_KERNELS = ("loads", "stores", "results")
 LATE_COPIES = ("compute",)
@@ -69,6 +71,17 @@ class LaunchingCore(EngineCore):
         return self._collects.pop(step.plan.number)()
 
 
+def on_device(
+    device: VirtualDevice, runner: FakeRunner, num_slots: int, num_host_slots: int
+) -> tuple[LateRunner, CudaTransfer]:
+    """`runner` with its memory on the device, and what copies from and to there."""
+    kv = KVStore(1, num_slots, 1, BLOCK_SIZE // 2, 1, torch.int64, device.empty)
+    runner.kv = kv.slab.view(num_slots, BLOCK_SIZE).numpy()
+    tiers = Tiers(kv, PinnedStore(device, kv, num_host_slots))
+    out, back = RunCopier(device, tiers.host, tiers.device), RunCopier(device, tiers.device, tiers.host)
+    return LateRunner(device, runner), CudaTransfer(device, tiers, storing=out, loading=back)
+
+
 class OnAGpu:
     """To be mixed into a machine."""
 
@@ -76,22 +89,12 @@ class OnAGpu:
 
     def __init__(self) -> None:
         super().__init__()
-        self.device = VirtualDevice(self.early)
-        kv = KVStore(1, self.num_slots, 1, BLOCK_SIZE // 2, 1, torch.int64)
-        kv.slab.fill_(-1)
-        host = PinnedStore(self.device, kv, self.num_host_slots)
-        tiers = Tiers(kv, host)
-        self.runner.kv = kv.slab.view(self.num_slots, BLOCK_SIZE).numpy()
-        transfer = CudaTransfer(
-            self.device,
-            tiers,
-            storing=RunCopier(self.device, tiers.host, tiers.device),
-            loading=RunCopier(self.device, tiers.device, tiers.host),
-        )
+        device = VirtualDevice(self.early)
+        runner, transfer = on_device(device, self.runner, self.num_slots, self.num_host_slots)
         self.core = LaunchingCore(
             self.manager,
             Scheduler(self.manager, 7, 3),
-            LateRunner(self.device, self.runner),
+            runner,
             self.clock,
             frozenset({EOS}),
             self.context,
@@ -100,22 +103,56 @@ class OnAGpu:
         self.core.scheduler.on_state = self.state_changed
 
 
-def on_a_gpu(machine: type, order: tuple[str, ...]) -> type:
-    return type(machine.__name__, (OnAGpu, machine), {"early": order})
+def on_a_gpu(machine: type, early: tuple[str, ...]) -> Any:
+    return type(machine.__name__, (OnAGpu, machine), {"early": early, "seen": Counter()})
 
 
-@pytest.mark.parametrize(
-    "machine",
-    [
-        HistoriesOnTwoTiers,
-        HistoriesOnTwoTiersAheadByOne,
-        HistoriesOnABigHost,
-        HistoriesEvictedFromTheTail,
-        HistoriesThroughAWindow,
-    ],
-)
-@pytest.mark.parametrize(
-    "order", [LATE_KERNELS, LATE_COPIES, ()], ids=["late-kernels", "late-copies", "late"]
-)
-def test_replies_equal_those_of_fresh_runs(machine: Any, order: tuple[str, ...]) -> None:
-    run(on_a_gpu(machine, order), examples=15)
+MACHINES = [
+    HistoriesOnTwoTiers,
+    HistoriesOnTwoTiersAheadByOne,
+    HistoriesEvictedFromTheTail,
+    HistoriesThroughAWindow,
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("early", [LATE_KERNELS, LATE_COPIES, ()])
+def test_replies_equal_those_of_fresh_runs(machine: type, early: tuple[str, ...]) -> None:
+    on_gpu = on_a_gpu(machine, early)
+    run(on_gpu, examples=12)
+    assert on_gpu.seen["num_stored"] > 30 and on_gpu.seen["num_loaded"]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("early", [LATE_KERNELS, LATE_COPIES, ()])
+def test_replies_equal_those_of_fresh_runs_over_many_histories(machine: type, early: tuple[str, ...]) -> None:
+    run(on_a_gpu(machine, early), examples=300, derandomize=False)
+
+
+@pytest.mark.parametrize("early", [LATE_KERNELS, LATE_COPIES, ("compute", "loads"), ()])
+def test_what_a_step_only_loads_is_there_for_the_next_one(early: tuple[str, ...]) -> None:
+    """The turn that runs waits for its token; meanwhile blocks of the next one come back."""
+    tiers = TwoTiers(num_slots=8, num_host_slots=8, max_concurrent=1)
+    device = VirtualDevice(early)
+    runner, transfer = on_device(device, tiers.runner, 8, 8)
+    tiers.core = core = LaunchingCore(
+        tiers.manager, Scheduler(tiers.manager, 64, 1), runner, tiers.clock, frozenset(), 32, transfer
+    )
+    returning = tiers.tell(20, 4)
+    tiers.bring_to_host(returning)
+    history = [*returning.tokens, 9]
+    slow = SamplingParams(max_tokens=1, presence_penalty=1.0)
+    core.begin(tiers.open(), TurnId("slow"), [1, 2, 3], slow, seed=0)
+    launched = [core.plan()]
+    turn = tiers.begin(returning, [9], num_new=3)
+    launched.append(core.plan())
+    loads_only = launched[1]
+    assert loads_only is not None and loads_only.plan.loads and not loads_only.plan.segments
+    while launched:
+        step = launched.pop(0)
+        if step is not None:
+            core.apply(step, core.execute(step))
+            launched.append(core.plan())
+    assert turn.reply_ids == stateless_reply(history, 3, frozenset())
+    assert not device.num_lent_events
