@@ -1,5 +1,5 @@
-"""Attention of a step's rows over a paged cache, over the items of plan.py: short queries by one form of the
-kernel, long ones by others; merge.py joins partial results.
+"""Attention of a step's rows over a paged cache, item by item of plan.py: one kernel for short queries, one
+for longer ones; merge.py joins partial results.
 
 Rows of a tile are the query heads of one KV head, token by token: row r is token r // GROUP, head r % GROUP
 of the group, so that K and V are read once for all of them.  Scores are base 2: exp2(score * factor - most)
@@ -11,22 +11,19 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import paged_attention as contract
 from kernels.checks import described
-from kernels.gpu.arguments import require_aligned, require_device, require_float
-from kernels.gpu.launch import Launch, Unit, pointer, require_gpu
+from kernels.gpu.arguments import require_aligned
+from kernels.gpu.attention_checks import check
+from kernels.gpu.launch import Launch, Unit, pointer
 from kernels.gpu.merge import merge_partials
 from kernels.gpu.plan import CHUNK, ITEM, KINDS, NO_WINDOW, Tiling, WorkPlan, plan
-from kernels.paged_attention import AttnMeta, Extents
+from kernels.paged_attention import AttnMeta
 
-_LARGEST_GROUP = 128  # query heads per KV head: the rows of the largest tile
-_MOST_POSITIONS = 2**31 - 1024  # 32 bits, with room for whole tiles of keys
 _CPU_PROCESSORS = 4  # in the interpreter: few enough that programs take several items
 _LN2 = tl.constexpr(math.log(2))
 _NOTHING = tl.constexpr(-1e30)  # below every score; finite, for -inf - -inf is not a number
@@ -102,25 +99,17 @@ def _attend(
 
 
 @triton.jit
-def _rows(q, first_row, num_rows, head, HEADS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr,
-          ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """An item's queries [ROWS, WIDTH], their tokens [ROWS] from first_row on and their heads [ROWS]."""
-    row = tl.arange(0, ROWS)
-    token, heads = row // GROUP, head * GROUP + row % GROUP
-    column = tl.arange(0, WIDTH)[None, :]
-    address = q + ((first_row + token).to(tl.int64) * HEADS + heads)[:, None] * SIZE + column
-    values = tl.load(address, mask=(token < num_rows)[:, None] & (column < SIZE), other=0.0)
-    return values, token, heads
-
-
-@triton.jit
-def _store(out, lse, part_out, part_lse, item, token, heads, most, total, acc,
-           HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _store(out, lse, part_out, part_lse, item, head, most, total, acc, HEADS: tl.constexpr,
+           SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """An item's results: final ones, or one of the partial ones of each row, in fp32 and base 2."""
     first_row = tl.load(item)
     num_rows = tl.load(item + 1)
     slot = tl.load(item + 6)
     stride = tl.load(item + 7)
+    # Adds nothing, but the compiler cannot know: it would keep rows in registers through the loops, and
+    # spill.
+    row = tl.arange(0, ROWS) + tl.minimum(stride, 0)
+    token, heads = row // GROUP, head * GROUP + row % GROUP
     column = tl.arange(0, WIDTH)[None, :]
     valid = token < num_rows
     inside = valid[:, None] & (column < SIZE)
@@ -140,12 +129,13 @@ def _store(out, lse, part_out, part_lse, item, token, heads, most, total, acc,
 
 @triton.jit
 def _over(
-    rows, kv, table, block, begin, end, high, first, token, window, most, total, acc, factor, inner,
+    rows, kv, table, begin, end, high, first, token, window, most, total, acc, factor, inner,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr, V_OFFSET: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys from begin to end; `block` [KEYS] holds the first, and is returned for those at the end."""
+    """Keys from begin to end; there are none from high on."""
+    block = _block_of(table, begin + tl.arange(0, KEYS), high, SHIFT)
     for start in range(begin, end, KEYS):
         at = start + tl.arange(0, KEYS)
         following = _block_of(table, at + KEYS, high, SHIFT)
@@ -154,7 +144,7 @@ def _over(
             SIZE, WIDTH, SLOTS, SHIFT, BLOCK_STRIDE, V_OFFSET, HAS_SOFTCAP, MASKED,
         )  # fmt: skip
         block = following
-    return block, most, total, acc
+    return most, total, acc
 
 
 @triton.jit
@@ -173,48 +163,82 @@ def _common(table, low, high, first, num_rows, window, KEYS: tl.constexpr, SLOTS
     return low + tl.where(is_open, common, 0)
 
 
+@triton.jit
+def _attend_item(
+    q, kv, tables, item, head, out, lse, part_out, part_lse, table_stride, window, factor, inner,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr, SHIFT: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One item for one KV head.  Unless all of it is MASKED, what all rows see comes first, without masks."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    V_OFFSET: tl.constexpr = KV_HEADS * SLOTS * SIZE
+    num_rows = tl.load(item + 1)
+    first = tl.load(item + 2)
+    low = tl.load(item + 3)
+    high = tl.load(item + 4)
+    table = tables + tl.load(item + 5).to(tl.int64) * table_stride
+    row = tl.arange(0, ROWS)
+    token, heads = row // GROUP, head * GROUP + row % GROUP
+    column = tl.arange(0, WIDTH)[None, :]
+    address = q + ((tl.load(item) + token).to(tl.int64) * HEADS + heads)[:, None] * SIZE + column
+    rows = tl.load(address, mask=(token < num_rows)[:, None] & (column < SIZE), other=0.0)
+    most = tl.full([ROWS], _NOTHING, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    kv_head = kv + head * (SLOTS * SIZE)
+    masked_from = low
+    if not MASKED:
+        masked_from = _common(table, low, high, first, num_rows, window, KEYS, SLOTS, SHIFT)
+        most, total, acc = _over(
+            rows, kv_head, table, low, masked_from, high, first, token, window, most, total, acc,
+            factor, inner, SIZE, WIDTH, SLOTS, SHIFT, BLOCK_STRIDE, V_OFFSET, HAS_SOFTCAP, KEYS, False,
+        )  # fmt: skip
+    most, total, acc = _over(
+        rows, kv_head, table, masked_from, high, high, first, token, window, most, total, acc,
+        factor, inner, SIZE, WIDTH, SLOTS, SHIFT, BLOCK_STRIDE, V_OFFSET, HAS_SOFTCAP, KEYS, True,
+    )  # fmt: skip
+    _store(out, lse, part_out, part_lse, item, head, most, total, acc, HEADS, SIZE, GROUP, ROWS, WIDTH)
+
+
 @triton.jit(do_not_specialize=["table_stride", "window"], do_not_specialize_on_alignment=["tables"])
-def _paged_attention(
+def _short(
     q, kv, tables, items, limits, out, lse, part_out, part_lse, table_stride, window, factor, inner,
     KIND: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     SLOTS: tl.constexpr, SHIFT: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes an item for one KV head, and then another.  Short items: the time goes into reading
-    K and V, and masks cost nothing.  Others: into arithmetic, so that what all rows see comes first, without
-    masks.
+    """Few rows: the time goes into reading K and V, masks cost nothing.  A graph's programs do not know how
+    many items there will be; each takes one, and then another.
     """
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    V_OFFSET: tl.constexpr = KV_HEADS * SLOTS * SIZE
     begin = tl.load(limits + KIND) * KV_HEADS
     end = tl.load(limits + KIND + 1) * KV_HEADS
     for work in range(begin + tl.program_id(0), end, tl.num_programs(0)):
-        item = items + (work // KV_HEADS) * ITEM
-        head = work % KV_HEADS
-        num_rows = tl.load(item + 1)
-        first = tl.load(item + 2)
-        low = tl.load(item + 3)
-        high = tl.load(item + 4)
-        table = tables + tl.load(item + 5).to(tl.int64) * table_stride
-        rows, token, heads = _rows(q, tl.load(item), num_rows, head, HEADS, SIZE, GROUP, ROWS, WIDTH)
-        most = tl.full([ROWS], _NOTHING, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, WIDTH], tl.float32)
-        block = _block_of(table, low + tl.arange(0, KEYS), high, SHIFT)
-        kv_head = kv + head * (SLOTS * SIZE)
-        if KIND > 0:
-            masked_from = _common(table, low, high, first, num_rows, window, KEYS, SLOTS, SHIFT)
-            block, most, total, acc = _over(
-                rows, kv_head, table, block, low, masked_from, high, first, token, window, most, total, acc,
-                factor, inner, SIZE, WIDTH, SLOTS, SHIFT, BLOCK_STRIDE, V_OFFSET, HAS_SOFTCAP, KEYS, False,
-            )  # fmt: skip
-        else:
-            masked_from = low
-        block, most, total, acc = _over(
-            rows, kv_head, table, block, masked_from, high, high, first, token, window, most, total, acc,
-            factor, inner, SIZE, WIDTH, SLOTS, SHIFT, BLOCK_STRIDE, V_OFFSET, HAS_SOFTCAP, KEYS, True,
+        _attend_item(
+            q, kv, tables, items + (work // KV_HEADS) * ITEM, work % KV_HEADS, out, lse, part_out, part_lse,
+            table_stride, window, factor, inner, HEADS, KV_HEADS, SIZE, WIDTH, SLOTS, SHIFT, BLOCK_STRIDE,
+            HAS_SOFTCAP, ROWS, KEYS, True,
         )  # fmt: skip
-        _store(out, lse, part_out, part_lse, item, token, heads, most, total, acc, HEADS, SIZE, WIDTH)
+
+
+@triton.jit(do_not_specialize=["table_stride", "window"], do_not_specialize_on_alignment=["tables"])
+def _long(
+    q, kv, tables, items, limits, out, lse, part_out, part_lse, table_stride, window, factor, inner,
+    KIND: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    SLOTS: tl.constexpr, SHIFT: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Many rows: the time goes into arithmetic, and differs from item to item, so that each has its program:
+    what a loop over items keeps in registers does not fit beside its tiles.
+    """
+    work = tl.load(limits + KIND) * KV_HEADS + tl.program_id(0)
+    if work >= tl.load(limits + KIND + 1) * KV_HEADS:
+        return
+    _attend_item(
+        q, kv, tables, items + (work // KV_HEADS) * ITEM, work % KV_HEADS, out, lse, part_out, part_lse,
+        table_stride, window, factor, inner, HEADS, KV_HEADS, SIZE, WIDTH, SLOTS, SHIFT, BLOCK_STRIDE,
+        HAS_SOFTCAP, ROWS, KEYS, False,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,30 +247,30 @@ class _Tile:
     keys: int
     num_warps: int
     num_stages: int
-    programs: int  # on a multiprocessor at once: how many persistent ones are started
+    programs: int | None = None  # of a multiprocessor; None: one for each item
 
 
 # By kind of item, padded head size and bytes of an element.  All unmeasured: chosen from compiled code, so
 # that nothing spills.
 _TILES: dict[tuple[str, int, int], _Tile] = {
-    ("short", 64, 2): _Tile(16, 64, 4, 4, 3),
-    ("middle", 64, 2): _Tile(64, 64, 4, 3, 2),
-    ("long", 64, 2): _Tile(128, 64, 8, 3, 1),
+    ("short", 64, 2): _Tile(16, 64, 4, 4, 4),
+    ("middle", 64, 2): _Tile(64, 64, 4, 3),
+    ("long", 64, 2): _Tile(128, 64, 8, 3),
     ("short", 128, 2): _Tile(16, 64, 4, 4, 2),
-    ("middle", 128, 2): _Tile(64, 64, 4, 3, 2),
-    ("long", 128, 2): _Tile(128, 64, 8, 3, 1),
+    ("middle", 128, 2): _Tile(64, 64, 4, 3),
+    ("long", 128, 2): _Tile(128, 64, 8, 3),
     ("short", 256, 2): _Tile(16, 32, 4, 4, 2),
-    ("middle", 256, 2): _Tile(64, 32, 8, 2, 1),
-    ("long", 256, 2): _Tile(64, 32, 8, 2, 1),
+    ("middle", 256, 2): _Tile(64, 32, 8, 2),
+    ("long", 256, 2): _Tile(64, 32, 8, 2),
     ("short", 64, 4): _Tile(16, 32, 4, 3, 2),
-    ("middle", 64, 4): _Tile(32, 32, 4, 2, 2),
-    ("long", 64, 4): _Tile(64, 32, 8, 2, 1),
-    ("short", 128, 4): _Tile(16, 32, 4, 3, 2),
-    ("middle", 128, 4): _Tile(32, 32, 4, 2, 1),
-    ("long", 128, 4): _Tile(64, 32, 8, 2, 1),
+    ("middle", 64, 4): _Tile(32, 32, 8, 2),
+    ("long", 64, 4): _Tile(64, 32, 8, 2),
+    ("short", 128, 4): _Tile(16, 16, 4, 3, 2),
+    ("middle", 128, 4): _Tile(32, 16, 8, 2),
+    ("long", 128, 4): _Tile(64, 16, 8, 2),
     ("short", 256, 4): _Tile(16, 16, 4, 2, 1),
-    ("middle", 256, 4): _Tile(32, 16, 8, 2, 1),
-    ("long", 256, 4): _Tile(32, 16, 8, 2, 1),
+    ("middle", 256, 4): _Tile(32, 16, 8, 2),
+    ("long", 256, 4): _Tile(32, 16, 8, 2),
 }
 
 
@@ -339,7 +363,7 @@ def _prepare(
     chunk: int,
 ) -> _Step | None:
     """None for a step without rows."""
-    extents = _check(q, kv, meta, scale, window, softcap)
+    extents = check(q, kv, meta, scale, window, softcap)
     if not extents.lengths.any():
         return None
     rows, heads, size = q.shape
@@ -349,7 +373,9 @@ def _prepare(
     launches = []
     for kind, most in enumerate(work.bounds.items):
         if most:
-            programs = min(most * shape.kv_heads, processors * shape.tile(kind).programs)
+            programs, most_programs = most * shape.kv_heads, shape.tile(kind).programs
+            if most_programs is not None:
+                programs = min(programs, processors * most_programs)
             launches.append((_launch(shape, kind), programs))
     partials = work.bounds.partials
     log2e = 1 / math.log(2)
@@ -384,7 +410,7 @@ def _launch(shape: _Shape, kind: int) -> Launch:
     unit: Unit = "none" if shape.dtype == torch.float32 else "wgmma" if tile.rows >= 64 else "mma"
     heads = f"{shape.heads}/{shape.kv_heads}"
     return Launch(
-        _paged_attention,
+        _long if kind else _short,
         {
             **dict.fromkeys(("q", "kv"), element),
             **dict.fromkeys(("tables", "items", "limits"), "*i32"),
@@ -412,71 +438,6 @@ def _launch(shape: _Shape, kind: int) -> Launch:
         name=f"attention {KINDS[kind]} {element[1:]} {heads} D={shape.size} P={shape.slots}"
         f"{' softcap' if shape.has_softcap else ''}",
     )
-
-
-def _check(
-    q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None, softcap: float | None
-) -> Extents:
-    """What the kernels take for granted, as far as the host knows it.  Without extents, which tensors on a
-    GPU must have, it is read from the tensors.  Raises ValueError, which names the argument.
-    """
-    require_gpu(q.device)
-    require_float("q", q)
-    rows, heads, size = q.shape
-    if not 8 <= size <= 256:
-        raise ValueError(f"q must have heads of 8 to 256 elements, got {described(q)}")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a positive number, got {scale}")
-    for name in ("q_indptr", "first_pos", "block_tables", "table_rows"):
-        if (tensor := getattr(meta, name)) is not None:
-            require_device(name, tensor, q.device)
-    require_device("kv", kv, q.device)
-    if meta.extents is not None:
-        extents = meta.extents
-        _check_extents(q, kv, meta, extents, window, softcap)
-    elif q.device.type == "cpu":
-        contract._check(q.shape, q.dtype, kv, meta, window, softcap)
-        lengths = meta.q_indptr.diff().numpy().astype(np.int64)
-        extents = Extents(lengths, meta.first_pos.numpy() + lengths)
-    else:
-        raise ValueError("meta must have extents for tensors on a GPU")
-    slots, group = kv.shape[3], heads // kv.shape[2]
-    if slots not in (16, 32, 64):
-        raise ValueError(f"kv must have blocks of 16, 32 or 64 positions on a GPU, got {slots}")
-    if group > _LARGEST_GROUP:
-        raise ValueError(
-            f"q must have at most {_LARGEST_GROUP} heads per KV head, got {heads} / {kv.shape[2]}"
-        )
-    return extents
-
-
-def _check_extents(
-    q: Tensor, kv: Tensor, meta: AttnMeta, extents: Extents, window: int | None, softcap: float | None
-) -> None:
-    """What kernels.paged_attention asks, without a look at tensors that may lie on a GPU."""
-    rows, heads, size = q.shape
-    if kv.dtype != q.dtype:
-        raise ValueError(f"kv must have q's dtype {q.dtype}, got {kv.dtype}")
-    if kv.dim() != 5 or kv.shape[1] != 2 or kv.shape[4] != size or 0 in kv.shape[2:] or heads % kv.shape[2]:
-        wanted = f"[B, 2, G, P, {size}] with a G that divides {heads}"
-        raise ValueError(f"kv must be {wanted} to go with q {described(q)}, got {described(kv)}")
-    if len(kv) and not kv[0].is_contiguous():
-        raise ValueError(f"each block of kv must be contiguous, got {described(kv)}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 or None, got {window}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
-    segments = meta.first_pos.shape
-    lengths, ends = extents.lengths, extents.ends
-    if lengths.shape != segments or ends.shape != segments or (lengths < 0).any() or (ends < lengths).any():
-        raise ValueError(f"extents must be lengths and ends of {segments[0]} segments, got {extents}")
-    if len(meta.positions) != rows or lengths.sum() > rows:
-        raise ValueError(
-            f"meta and its extents must be of q's {rows} rows, got {len(meta.positions)}, {extents}"
-        )
-    width, most = meta.block_tables.shape[1] * kv.shape[3], int(ends.max(initial=0))
-    if most > min(width, _MOST_POSITIONS):
-        raise ValueError(f"block_tables must be wide enough for {most} positions, got {width}")
 
 
 def shipped() -> list[Launch]:

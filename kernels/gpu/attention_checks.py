@@ -1,0 +1,81 @@
+"""What attention on a GPU refuses, without a look at tensors that lie there."""
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+from kernels import paged_attention as contract
+from kernels.checks import described
+from kernels.gpu.arguments import require_device, require_float
+from kernels.gpu.launch import require_gpu
+from kernels.paged_attention import AttnMeta, Extents
+
+_LARGEST_GROUP = 128  # query heads per KV head: the rows of the largest tile
+_MOST_POSITIONS = 2**31 - 1024  # 32 bits, with room for whole tiles of keys
+
+
+def check(
+    q: Tensor, kv: Tensor, meta: AttnMeta, scale: float, window: int | None, softcap: float | None
+) -> Extents:
+    """What the kernels take for granted, as far as the host knows it; returns the extents of meta.  Without
+    them, which tensors on a GPU must have, it is read from the tensors.  Raises ValueError, which names the
+    argument.
+    """
+    require_gpu(q.device)
+    require_float("q", q)
+    rows, heads, size = q.shape
+    if not 8 <= size <= 256:
+        raise ValueError(f"q must have heads of 8 to 256 elements, got {described(q)}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive number, got {scale}")
+    for name in ("q_indptr", "first_pos", "block_tables", "table_rows"):
+        if (tensor := getattr(meta, name)) is not None:
+            require_device(name, tensor, q.device)
+    require_device("kv", kv, q.device)
+    if meta.extents is not None:
+        extents = meta.extents
+        _check_extents(q, kv, meta, extents, window, softcap)
+    elif q.device.type == "cpu":
+        contract._check(q.shape, q.dtype, kv, meta, window, softcap)
+        lengths = meta.q_indptr.diff().numpy().astype(np.int64)
+        extents = Extents(lengths, meta.first_pos.numpy() + lengths)
+    else:
+        raise ValueError("meta must have extents for tensors on a GPU")
+    slots, group = kv.shape[3], heads // kv.shape[2]
+    if slots not in (16, 32, 64):
+        raise ValueError(f"kv must have blocks of 16, 32 or 64 positions on a GPU, got {slots}")
+    if group > _LARGEST_GROUP:
+        raise ValueError(
+            f"q must have at most {_LARGEST_GROUP} heads per KV head, got {heads} / {kv.shape[2]}"
+        )
+    return extents
+
+
+def _check_extents(
+    q: Tensor, kv: Tensor, meta: AttnMeta, extents: Extents, window: int | None, softcap: float | None
+) -> None:
+    """What kernels.paged_attention asks, without a look at tensors that may lie on a GPU."""
+    rows, heads, size = q.shape
+    if kv.dtype != q.dtype:
+        raise ValueError(f"kv must have q's dtype {q.dtype}, got {kv.dtype}")
+    if kv.dim() != 5 or kv.shape[1] != 2 or kv.shape[4] != size or 0 in kv.shape[2:] or heads % kv.shape[2]:
+        wanted = f"[B, 2, G, P, {size}] with a G that divides {heads}"
+        raise ValueError(f"kv must be {wanted} to go with q {described(q)}, got {described(kv)}")
+    if len(kv) and not kv[0].is_contiguous():
+        raise ValueError(f"each block of kv must be contiguous, got {described(kv)}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, got {window}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+    segments = meta.first_pos.shape
+    lengths, ends = extents.lengths, extents.ends
+    if lengths.shape != segments or ends.shape != segments or (lengths < 0).any() or (ends < lengths).any():
+        raise ValueError(f"extents must be lengths and ends of {segments[0]} segments, got {extents}")
+    if len(meta.positions) != rows or lengths.sum() > rows:
+        raise ValueError(
+            f"meta and its extents must be of q's {rows} rows, got {len(meta.positions)}, {extents}"
+        )
+    width, most = meta.block_tables.shape[1] * kv.shape[3], int(ends.max(initial=0))
+    if most > min(width, _MOST_POSITIONS):
+        raise ValueError(f"block_tables must be wide enough for {most} positions, got {width}")
