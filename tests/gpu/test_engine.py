@@ -57,9 +57,7 @@ def test_tokens_are_the_same_when_blocks_go_to_the_host_and_come_back(
     assert found.total("cached_host_tokens") > 100
 
 
-def test_tokens_are_the_same_under_another_policy(
-    folder: Path, device: str, expected: Played
-) -> None:
+def test_tokens_are_the_same_under_another_policy(folder: Path, device: str, expected: Played) -> None:
     found = played(folder, device, **SMALL, host_kv_tokens=4096, policy="lru")
     assert found.replies == expected.replies
     assert found.total("cached_host_tokens") > 100

@@ -38,6 +38,7 @@ def row_checks(device: torch.device) -> Iterator[RowCheck]:
             for has_norms in (False, True):
                 name = f"rope_kv_write {'with norms ' * has_norms}{shape} {said}"
                 yield name, small, lambda h=heads, n=has_norms, d=dtype: rotation(h, n, d, device)
+    yield "rope_kv_write beyond 2^31 elements", False, lambda: far_writes(device)
     yield "sampling, vocabulary of 152k", False, lambda: sampling(151936, 64, device)
     yield "sampling, vocabulary of 3k", True, lambda: sampling(3001, 12, device)
     for piece_bytes in (16, 2048, 8192, 24576 + 16):
@@ -121,6 +122,27 @@ def rotation(
     with poisoned():
         rotated = rope_kv_write(*parts(rows), cos_sin, kv, meta, head_norms)
     return compare([rotated, kv], ref, rows.cpu(), cos_sin.cpu(), *(weight.cpu() for weight in weights))
+
+
+def far_writes(device: torch.device) -> None:
+    """The same rows written near the beginning of a cache, and behind its 2^31st element."""
+    num_heads, kv_heads, size, slots, rows = 32, 8, 128, 32, 40
+    dtype = torch.bfloat16
+    q, k, v = (
+        torch.randn(rows, heads, size).to(dtype).to(device) for heads in (num_heads, kv_heads, kv_heads)
+    )
+    cos_sin = torch.rand(rows, size, device=device)
+    first = 2**31 // (2 * kv_heads * slots * size) + 1
+    written = []
+    for block in (0, first):
+        kv = torch.empty((block + 2, 2, kv_heads, slots, size), dtype=dtype, device=device)
+        kv[block:] = 0
+        tables = torch.tensor([[block, block + 1]], dtype=torch.int32)
+        rope_kv_write(q, k, v, cos_sin, kv, make_meta((rows,), (0,), tables, slots, device))
+        written.append(kv[block:].clone())
+    require_equal(written[1], written[0], "behind 2^31 elements")
+    if not written[0].any():
+        raise Wrong("nothing was written")
 
 
 def sampling(vocab: int, num_rows: int, device: torch.device) -> dict[str, Any]:
