@@ -53,7 +53,7 @@ def list_groups(groups, is_in):
 @triton.jit
 def exponent_scale(heat):
     """From logits to exponents of 2; finite, so that 0 times it is 0."""
-    return tl.minimum(1.4426950408889634 / heat, 3e38)
+    return 1.4426950408889634 / tl.maximum(heat, 1.2e-38)
 
 
 @triton.jit

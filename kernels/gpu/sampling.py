@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import described
+from kernels.gpu.arguments import require_aligned
 from kernels.gpu.groups import (
     GROUP,
     above,
@@ -53,6 +54,7 @@ from kernels.gpu.launch import Launch, pointer, require_gpu
 
 _SPLIT = tl.constexpr(32)  # groups per program of the first launch; unmeasured
 _MOST_DRAWS = tl.constexpr(64)  # for one token; a top-p of 1e-6 takes about 15
+_COLUMNS = ["temperature", "top_k", "top_p", "min_p", "seed", "position", "ids"]  # begin anywhere
 _NO_TOKEN = tl.constexpr(2**31 - 1)  # behind all tokens
 
 
@@ -126,6 +128,7 @@ def _checked(logits: Tensor, out: Tensor | None) -> Tensor:
     is_right = logits.dim() == 2 and logits.dtype == torch.float32 and logits.is_contiguous()
     if not (is_right and logits.shape[1]):
         raise ValueError(f"logits must be contiguous float32 [S, V] with V > 0, got {described(logits)}")
+    require_aligned("logits", logits)
     if out is None:
         return torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     _check_column("out", out, torch.int64, logits)
@@ -154,7 +157,7 @@ def _split(logits: Tensor) -> tuple[int, int]:
     return num_rows, triton.cdiv(vocab, _SPLIT.value * GROUP.value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperature"])
 def _summarise(
     logits, maxima, temperature, sums, VOCAB: tl.constexpr, WIDTH: tl.constexpr, DRAWS: tl.constexpr
 ):
@@ -172,14 +175,14 @@ def _summarise(
             tl.store(sums + row * WIDTH + group, sum, mask=group * GROUP < VOCAB)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids"])
 def _choose_highest(logits, maxima, ids, VOCAB: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = _highest(logits + row * VOCAB, maxima + row * WIDTH, VOCAB, WIDTH)
     tl.store(ids + row, token.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def _choose(
     logits, maxima, sums, groups, temperature, top_k, top_p, min_p, seed, position, ids,
     VOCAB: tl.constexpr, WIDTH: tl.constexpr,
