@@ -88,3 +88,18 @@ def test_logprobs_from_a_longer_list_are_the_same() -> None:
     assert torch.equal(finite, from_list[1] > -math.inf)
     assert torch.equal(found[0], from_list[0])
     assert all(torch.equal(a[finite], b[finite]) for a, b in zip(found[1:], from_list[1:], strict=True))
+
+
+@pytest.mark.parametrize("num", [0, 1, 7])
+def test_a_row_of_nan_lists_nothing_and_harms_no_other(num: int) -> None:
+    logits = torch.randn(3, 300)
+    chosen = torch.tensor([0, 1, 2])
+    expected = logprobs(logits, chosen, num)
+    logits[1] = math.nan
+    found = logprobs(logits, chosen, num)
+    assert all(torch.equal(a[[0, 2]], b[[0, 2]]) for a, b in zip(found, expected, strict=True))
+    assert found[0][1].isnan()
+    alone = highest(logits[1:2], 7)
+    assert alone.values.shape == alone.ids.shape == (1, 1)
+    assert alone.values[0, 0] == -math.inf
+    assert logprobs(logits[1:2], chosen[:1], num)[1].shape == (1, num)

@@ -279,3 +279,36 @@ def test_misshapen_input_is_named() -> None:
         sample(torch.zeros(2, 5, dtype=torch.bfloat16), rows(2))
     with pytest.raises(ValueError, match=r"rows.temperature is \[3\]; it must be \[2\] like logits"):
         sample(torch.zeros(2, 5), rows(3))
+
+
+@pytest.mark.parametrize("vocab", [5, 300, 3000])
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"top_k": 3}, {"top_k": 290}, {"top_p": 0.5}, {"min_p": 0.1, "top_k": 4}, {"temperature": 0.0}],
+)
+def test_a_row_without_meaning_gets_some_token_and_harms_no_other(
+    vocab: int, parameters: dict[str, float]
+) -> None:
+    """As after KV that failed to load: the step is void, but that is known only later."""
+    logits = torch.randn(5, vocab)
+    expected = sample(logits, rows(5, **parameters))
+    logits[1] = math.nan
+    logits[3] = -math.inf
+    logits[4, vocab // 2 :] = math.nan
+    for listed in (None, highest(logits, 4)):
+        ids = sample(logits, rows(5, **parameters), listed)
+        assert torch.equal(ids[[0, 2]], expected[[0, 2]])
+        assert 0 <= int(ids.min()) <= int(ids.max()) < vocab
+        alone = sample(logits[1:2], rows(1, **parameters), listed and listed.select(slice(1, 2)))
+        assert 0 <= alone.item() < vocab
+
+
+def test_ids_go_where_they_are_wanted() -> None:
+    logits = torch.randn(3, 50)
+    for choose in (
+        lambda out=None: sample(logits, rows(3), out=out),
+        lambda out=None: greedy(logits, out),
+    ):
+        out = torch.full((3,), -1)
+        assert choose(out) is out
+        assert torch.equal(out, choose())
