@@ -171,7 +171,8 @@ def sampling(vocab: int, num_rows: int, device: torch.device) -> dict[str, Any]:
     if differing > num_rows // 50:
         raise Wrong(f"{differing} of {num_rows} draws differ from those of the CPU")
     for row in (0, num_rows - 1):
-        one = triton_sampling.sample(on_device[row : row + 1], there.select(slice(row, row + 1)))
+        alone = SamplingRows(*(getattr(there, field.name)[row : row + 1].clone() for field in fields(there)))
+        one = triton_sampling.sample(on_device[row : row + 1].clone(), alone)
         require_equal(one, chosen[row : row + 1], f"row {row} alone")
     return {"differing": differing}
 
