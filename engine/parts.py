@@ -59,6 +59,7 @@ class Parts:
             self.kv.num_host_blocks,
             config.block_size,
             self.context_tokens,
+            config.max_step_tokens,
         )
 
 

@@ -23,7 +23,7 @@ from engine.cache.kv_store import KVStore
 from engine.cache.transfer import TransferEngine
 
 RUN = 4
-"""Blocks that are computed together."""
+"""Blocks that are computed together, if a step may be so large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +57,14 @@ class Profiler:
         num_host_blocks: int,
         block_size: int,
         context_tokens: int,
+        max_step_tokens: int,
     ) -> None:
         self._runner, self._store, self._transfer = runner, store, transfer
         self._size = block_size
         self._context_tokens = context_tokens
         self._num_host_blocks = num_host_blocks
-        self._num_computed = min(RUN * block_size, context_tokens)  # tokens per run
+        in_a_step = max_step_tokens // block_size * block_size or max_step_tokens
+        self._num_computed = min(RUN * block_size, in_a_step, context_tokens)  # tokens per run
         self._num_written = -(-self._num_computed // block_size)  # blocks, the first ones of the device
         self._num_filled = 0  # blocks behind these that hold copies of the first
         self._spread = 0.0

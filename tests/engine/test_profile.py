@@ -93,9 +93,11 @@ class Machine:
         self.end()
         return frozenset()
 
-    def profiler(self, context_tokens: int, *, with_host: bool = True) -> Profiler:
-        transfer = self if with_host else None
-        return Profiler(self, self.store_, transfer, self.num_host_blocks, SIZE, context_tokens)  # type: ignore[arg-type]
+    def profiler(
+        self, context_tokens: int, *, with_host: bool = True, max_step_tokens: int = 512
+    ) -> Profiler:
+        transfer, limits = self if with_host else None, (SIZE, context_tokens, max_step_tokens)
+        return Profiler(self, self.store_, transfer, self.num_host_blocks, *limits)  # type: ignore[arg-type]
 
 
 # -- measuring
@@ -128,6 +130,14 @@ def test_a_short_context_is_measured_at_its_end(context_tokens: int) -> None:
     assert costs.compute_s[context_tokens] == pytest.approx(
         0.002 * num_blocks * SIZE / context_tokens, rel=0.5
     )
+
+
+@pytest.mark.parametrize(("max_step_tokens", "length"), [(7, 7), (16, 16), (40, 32), (1000, RUN * SIZE)])
+def test_no_run_is_larger_than_a_step_may_be(max_step_tokens: int, length: int) -> None:
+    machine = Machine()
+    costs = machine.profiler(512, max_step_tokens=max_step_tokens).measure(EFFORT)
+    assert {plan.segments[0].length for plan in machine.plans} == {length}
+    assert min(costs.compute_s) == length
 
 
 def test_what_is_attended_to_holds_kv_in_no_more_memory_than_allowed() -> None:
@@ -170,10 +180,8 @@ def test_copies_go_through_memory_that_was_touched_before_but_not_just_now() -> 
 
 
 def test_a_store_is_timed_to_its_end() -> None:
-    costs = Machine(store_s=0.002).profiler(64).measure(replace(EFFORT, num_copied=(1, 4)))
-    assert costs.store_s[1] == pytest.approx(0.002, rel=0.5)
-    assert costs.store_s[4] == pytest.approx(0.002, rel=0.5)
-    assert costs.load_s[4] < 0.001
+    costs = Machine(store_s=0.005).profiler(64).measure(replace(EFFORT, num_copied=(1, 4)))
+    assert all(costs.load_s[num] < 0.005 <= costs.store_s[num] for num in (1, 4))
 
 
 @pytest.mark.parametrize(("num_host_blocks", "sizes"), [(1, {1}), (3, {1, 3}), (40, {1, 4, 16})])
