@@ -159,9 +159,8 @@ class GatherCopier:
 
     def __init__(self, device: Device, to: Tensor, source: Tensor) -> None:
         self._device, self._to, self._source = device, to, source
-        self._busy: deque[tuple[Tensor, Event]] = (
-            deque()
-        )  # offsets that a kernel may still read, oldest first
+        # Offsets that a kernel may still read, oldest first.
+        self._busy: deque[tuple[Tensor, Event]] = deque()
 
     def copy(self, pieces: Pieces, stream: Stream) -> None:
         from kernels.gpu.gather import copy_pieces
