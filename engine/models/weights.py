@@ -38,7 +38,10 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device) -> Deco
     checkpoint.check(expected, _harmless(config, checkpoint))
     build = _opt_decoder if _is_opt(config) else _rotary_decoder
     try:
-        return build(config, _Packer(checkpoint, dtype, device))
+        decoder = build(config, _Packer(checkpoint, dtype, device))
+        if device.type == "cuda":  # steps are computed on another stream than weights were brought on
+            torch.cuda.synchronize(device)
+        return decoder
     except torch.OutOfMemoryError:
         gib = sum(map(prod, expected.values())) * dtype.itemsize / 2**30
         advice = "" if dtype.itemsize == 2 else "; in bfloat16 it takes half of that"

@@ -1,7 +1,6 @@
 """What is measured, where, and for how long; and that no figures of something else count as one's own."""
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine.profile
 from engine.batch import Collect, StepPlan, StepResult
 from engine.cache.block import BlockMove
 from engine.cache.costs import MeasuredCosts
@@ -26,10 +26,30 @@ COSTS = MeasuredCosts({128: 0.017, 256: 0.018, 1024: 0.021}, {1: 0.0002, 16: 0.0
 PROFILE = Profile(SUBJECT, 1_800_000_000, 0.25, COSTS)
 
 
+class Clock:
+    """Time that passes only where something takes it, and a little at each look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    Machine.clock = Clock()
+    monkeypatch.setattr(engine.profile, "time", Machine.clock)
+    return Machine.clock
+
+
 class Machine:
     """Runs and copies, and looks at what it is given.  Both take their time until they are waited for, as a
     GPU's do: a step `read_s` per block that it reads, a store `store_s` per block.
     """
+
+    clock: Clock
 
     def __init__(
         self,
@@ -68,7 +88,7 @@ class Machine:
 
     def end(self) -> None:
         assert self.under_way is not None
-        time.sleep(self.under_way)
+        self.clock.now += self.under_way
         self.under_way = None
 
     def store(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
@@ -114,8 +134,8 @@ def test_a_few_blocks_are_computed_at_every_power_of_two_up_to_the_context() -> 
 
 def test_costs_are_per_block_and_grow_with_what_is_attended_to() -> None:
     costs = Machine(read_s=0.0005).profiler(context_tokens=512).measure(EFFORT)
-    assert costs.compute_s[64] == pytest.approx(0.0005, rel=0.5)  # 4 blocks in 2 ms
-    assert costs.compute_s[512] == pytest.approx(0.0040, rel=0.5)  # 4 blocks in 16 ms
+    assert costs.compute_s[64] == pytest.approx(0.0005, rel=0.01)  # 4 blocks in 2 ms
+    assert costs.compute_s[512] == pytest.approx(0.0040, rel=0.01)  # 4 blocks in 16 ms
     assert costs.table().compute_s(288) == pytest.approx(
         (costs.compute_s[256] * 7 + costs.compute_s[512]) / 8
     )
@@ -128,7 +148,7 @@ def test_a_short_context_is_measured_at_its_end(context_tokens: int) -> None:
     assert list(costs.compute_s) == [context_tokens]
     num_blocks = -(-context_tokens // SIZE)
     assert costs.compute_s[context_tokens] == pytest.approx(
-        0.002 * num_blocks * SIZE / context_tokens, rel=0.5
+        0.002 * num_blocks * SIZE / context_tokens, rel=0.01
     )
 
 
@@ -159,11 +179,10 @@ def test_with_patience_every_block_that_is_attended_to_is_memory_of_its_own() ->
     assert len(set(longest)) == len(longest) == 64
 
 
-def test_no_position_is_tried_that_the_budget_has_no_time_for() -> None:
+def test_no_position_is_tried_that_the_budget_has_no_time_for(clock: Clock) -> None:
     machine = Machine(read_s=0.002)
-    begun = time.perf_counter()
     costs = machine.profiler(1200).measure(replace(EFFORT, budget_s=0.15))
-    assert time.perf_counter() - begun < 0.4  # 3 x 128 ms for the last position alone, without a budget
+    assert clock.now < 0.4  # 3 x 128 ms for the last position alone, without a budget
     assert 64 in costs.compute_s and 1024 not in costs.compute_s
     assert costs.table().compute_s(1024) > costs.table().compute_s(64)
 
@@ -181,7 +200,8 @@ def test_copies_go_through_memory_that_was_touched_before_but_not_just_now() -> 
 
 def test_a_store_is_timed_to_its_end() -> None:
     costs = Machine(store_s=0.005).profiler(64).measure(replace(EFFORT, num_copied=(1, 4)))
-    assert all(costs.load_s[num] < 0.005 <= costs.store_s[num] for num in (1, 4))
+    assert costs.store_s == pytest.approx({1: 0.005, 4: 0.005}, rel=0.01)
+    assert max(costs.load_s.values()) < 0.0001
 
 
 @pytest.mark.parametrize(("num_host_blocks", "sizes"), [(1, {1}), (3, {1, 3}), (40, {1, 4, 16})])
