@@ -33,7 +33,9 @@ FIXED_WORKSPACE_BYTES = 1 << 30
 """Unmeasured: code of kernels that is loaded when it first runs, cuBLAS's scratch memory, captured graphs
 themselves, the tables of rows and block ids.
 """
-_CHUNK = 512  # positions, at least, for each partial result of a row: kernels/gpu/plan.py
+# From kernels/gpu/plan.py, where keys are cut into chunks, and a row has a partial result for each:
+_CHUNK = 512  # positions of a chunk, and twice as many where the segment is not short
+_MOST_SHORT = 16  # rows of a short segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,8 @@ def workspace_bytes(config: EngineConfig, model: ModelConfig, itemsize: int, con
     logits = requests * model.vocab_size * (itemsize + 4 + 4)
     # Output and lse of a row in float32 for each chunk of its keys: of all rows, and of a graph's.
     windows = {layer.window for layer in model.layers}
-    chunks = (rows + requests) * -(-context // _CHUNK)
+    short = min(rows, _MOST_SHORT * requests)
+    chunks = (short + requests) * -(-context // _CHUNK) + (rows - short) * -(-context // (2 * _CHUNK))
     partials = len(windows) * chunks * 4 * (q_size + model.num_heads)
     return FIXED_WORKSPACE_BYTES + 2 * (rows * per_row * itemsize + logits) + partials
 

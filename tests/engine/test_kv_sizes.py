@@ -178,16 +178,19 @@ def test_a_gpu_that_steps_alone_would_fill_is_refused(tmp_path: Path) -> None:
         gpu_room(EngineConfig(Path("m")), llama(tmp_path), 2, Room(1 << 30, GPU))
 
 
-def test_partial_results_of_attention_find_the_room_that_is_kept_for_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("max_step_tokens", [512, 4096])
+def test_partial_results_of_attention_find_the_room_that_is_kept_for_them(
+    max_step_tokens: int, tmp_path: Path
+) -> None:
     """As the kernels' plan counts them, in its worst cases."""
     plan = pytest.importorskip("kernels.gpu.plan")
     from kernels.paged_attention import Extents
 
-    context, config = 131072, EngineConfig(Path("m"), max_step_tokens=512, max_concurrent=64)
+    context, config = 131072, EngineConfig(Path("m"), max_step_tokens=max_step_tokens, max_concurrent=64)
     model = llama(tmp_path, head_dim=128)
     kept = workspace_bytes(config, model, 2, context) - workspace_bytes(config, model, 2, 0)
     tiling = plan.Tiling(4, 16, 32)
-    for lengths in ([1] * 64, [4] * 128, [16] * 32, [256] * 2):
+    for lengths in ([1] * 64, [4] * 64, [16] * 32, [256] * (max_step_tokens // 256)):
         extents = Extents(np.array(lengths), np.full(len(lengths), context))
         partials = plan.bounds(extents, tiling, None).partials
         assert 0 < partials * 32 * (128 + 1) * 4 <= kept
