@@ -9,7 +9,7 @@ the same iteration, Triton's pipeline is half as deep.
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,9 +19,10 @@ from torch import Tensor
 from kernels.checks import described
 from kernels.gpu.arguments import require_aligned
 from kernels.gpu.attention_checks import check
+from kernels.gpu.attention_tiles import Shape
 from kernels.gpu.launch import Launch, Unit, pointer
 from kernels.gpu.merge import merge_partials
-from kernels.gpu.plan import CHUNK, ITEM, KINDS, NO_WINDOW, Tiling, WorkPlan, plan
+from kernels.gpu.plan import CHUNK, ITEM, KINDS, NO_WINDOW, WorkPlan, plan
 from kernels.paged_attention import AttnMeta
 
 _CPU_PROCESSORS = 4  # in the interpreter: few enough that programs take several items
@@ -34,68 +35,6 @@ _SCAN = tl.constexpr(256)  # blocks looked at at once for holes
 def _block_of(table, at, end, SHIFT: tl.constexpr):
     """Blocks of positions [N]; -1 for those at and beyond the end, as for holes."""
     return tl.load(table + (at >> SHIFT), mask=at < end, other=-1)
-
-
-@triton.jit
-def _attend(
-    q,
-    kv,
-    block,
-    at,
-    seen_from,
-    position,
-    window,
-    most,
-    total,
-    acc,
-    factor,
-    inner,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    BLOCK_STRIDE: tl.constexpr,
-    V_OFFSET: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """One tile of keys: q [BM, WIDTH]; kv at one head of the first block; block, at [BN]: where the keys are;
-    position [BM] of rows.  Running maximum [BM], sum [BM] and output [BM, WIDTH], scaled to the maximum.
-    Not MASKED: all rows see all these keys.
-    """
-    column = tl.arange(0, WIDTH)[None, :]
-    address = kv + (block.to(tl.int64) * BLOCK_STRIDE + (at & (SLOTS - 1)) * SIZE)[:, None] + column
-    if MASKED:
-        # What no row sees may be NaN, and 0 * NaN is NaN: it must come as 0.
-        present = (block >= 0) & (at > seen_from)
-        if SIZE == WIDTH:
-            inside = present[:, None]
-        else:
-            inside = present[:, None] & (column < SIZE)
-        k = tl.load(address, mask=inside, other=0.0)
-        v = tl.load(address + V_OFFSET, mask=inside, other=0.0)
-    elif SIZE == WIDTH:
-        k = tl.load(address)
-        v = tl.load(address + V_OFFSET)
-    else:
-        k = tl.load(address, mask=column < SIZE, other=0.0)
-        v = tl.load(address + V_OFFSET, mask=column < SIZE, other=0.0)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    if HAS_SOFTCAP:
-        small = tl.exp2(tl.abs(scores) * inner)  # inner is negative: no overflow
-        tanh = (1.0 - small) / (1.0 + small)
-        scores = tl.where(scores < 0, -tanh, tanh)  # factor is the cap
-    if MASKED:
-        sees = present[None, :] & (at[None, :] <= position[:, None])
-        sees &= at[None, :] > position[:, None] - window
-        scores = tl.where(sees, scores, float("-inf"))
-    highest = tl.maximum(most, tl.max(scores, axis=1) * factor)
-    weights = tl.exp2(scores * factor - highest[:, None])
-    fade = tl.exp2(most - highest)
-    total = total * fade + tl.sum(weights, axis=1)
-    acc = acc * fade[:, None]
-    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-    return highest, total, acc
 
 
 @triton.jit
@@ -129,20 +68,52 @@ def _store(out, lse, part_out, part_lse, item, head, most, total, acc, HEADS: tl
 
 @triton.jit
 def _over(
-    rows, kv, table, begin, end, high, first, token, window, most, total, acc, factor, inner,
+    q, kv, table, begin, end, high, first, token, window, most, total, acc, factor, inner,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_STRIDE: tl.constexpr, V_OFFSET: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys from begin to end; there are none from high on."""
+    """Keys from begin to end, of which those from high on do not exist: q [BM, WIDTH]; kv at one head of the
+    first block; token [BM]: rows' positions behind first.  Running maximum [BM], sum [BM] and output
+    [BM, WIDTH], scaled to the maximum.  Not MASKED: all rows see all these keys.
+    """
+    column = tl.arange(0, WIDTH)[None, :]
+    position = first + token
     block = _block_of(table, begin + tl.arange(0, KEYS), high, SHIFT)
     for start in range(begin, end, KEYS):
         at = start + tl.arange(0, KEYS)
         following = _block_of(table, at + KEYS, high, SHIFT)
-        most, total, acc = _attend(
-            rows, kv, block, at, first - window, first + token, window, most, total, acc, factor, inner,
-            SIZE, WIDTH, SLOTS, SHIFT, BLOCK_STRIDE, V_OFFSET, HAS_SOFTCAP, MASKED,
-        )  # fmt: skip
+        address = kv + (block.to(tl.int64) * BLOCK_STRIDE + (at & (SLOTS - 1)) * SIZE)[:, None] + column
+        if MASKED:
+            # What no row sees may be NaN, and 0 * NaN is NaN: it must come as 0.
+            present = (block >= 0) & (at > first - window)
+            if SIZE == WIDTH:
+                inside = present[:, None]
+            else:
+                inside = present[:, None] & (column < SIZE)
+            k = tl.load(address, mask=inside, other=0.0)
+            v = tl.load(address + V_OFFSET, mask=inside, other=0.0)
+        elif SIZE == WIDTH:
+            k = tl.load(address)
+            v = tl.load(address + V_OFFSET)
+        else:
+            k = tl.load(address, mask=column < SIZE, other=0.0)
+            v = tl.load(address + V_OFFSET, mask=column < SIZE, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if HAS_SOFTCAP:
+            small = tl.exp2(tl.abs(scores) * inner)  # inner is negative: no overflow
+            tanh = (1.0 - small) / (1.0 + small)
+            scores = tl.where(scores < 0, -tanh, tanh)  # factor is the cap
+        if MASKED:
+            sees = present[None, :] & (at[None, :] <= position[:, None])
+            sees &= at[None, :] > position[:, None] - window
+            scores = tl.where(sees, scores, float("-inf"))
+        highest = tl.maximum(most, tl.max(scores, axis=1) * factor)
+        weights = tl.exp2(scores * factor - highest[:, None])
+        fade = tl.exp2(most - highest)
+        total = total * fade + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        most = highest
         block = following
     return most, total, acc
 
@@ -242,65 +213,6 @@ def _long(
 
 
 @dataclass(frozen=True, slots=True)
-class _Tile:
-    rows: int
-    keys: int
-    num_warps: int
-    num_stages: int
-    programs: int | None = None  # of a multiprocessor; None: one for each item
-
-
-# By kind of item, padded head size and bytes of an element.  All unmeasured: chosen from compiled code, so
-# that nothing spills.
-_TILES: dict[tuple[str, int, int], _Tile] = {
-    ("short", 64, 2): _Tile(16, 64, 4, 4, 4),
-    ("middle", 64, 2): _Tile(64, 64, 4, 3),
-    ("long", 64, 2): _Tile(128, 64, 8, 3),
-    ("short", 128, 2): _Tile(16, 64, 4, 4, 2),
-    ("middle", 128, 2): _Tile(64, 64, 4, 3),
-    ("long", 128, 2): _Tile(128, 64, 8, 3),
-    ("short", 256, 2): _Tile(16, 32, 4, 4, 2),
-    ("middle", 256, 2): _Tile(64, 32, 8, 2),
-    ("long", 256, 2): _Tile(64, 32, 8, 2),
-    ("short", 64, 4): _Tile(16, 32, 4, 3, 2),
-    ("middle", 64, 4): _Tile(32, 32, 8, 2),
-    ("long", 64, 4): _Tile(64, 32, 8, 2),
-    ("short", 128, 4): _Tile(16, 16, 4, 3, 2),
-    ("middle", 128, 4): _Tile(32, 16, 8, 2),
-    ("long", 128, 4): _Tile(64, 16, 8, 2),
-    ("short", 256, 4): _Tile(16, 16, 4, 2, 1),
-    ("middle", 256, 4): _Tile(32, 16, 8, 2),
-    ("long", 256, 4): _Tile(32, 16, 8, 2),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What the kernels are specialised on."""
-
-    dtype: torch.dtype
-    heads: int
-    kv_heads: int
-    size: int
-    slots: int
-    block_stride: int  # elements
-    has_softcap: bool = False
-
-    @property
-    def width(self) -> int:
-        return max(16, _power_of_two(self.size))
-
-    def tile(self, kind: int) -> _Tile:
-        """At least as many rows as a KV head has query heads."""
-        tile = _TILES[KINDS[kind], max(64, self.width), self.dtype.itemsize]
-        return replace(tile, rows=max(tile.rows, _power_of_two(self.heads // self.kv_heads)))
-
-    def tiling(self, chunk: int) -> Tiling:
-        short, middle, long = (self.tile(kind).rows // (self.heads // self.kv_heads) for kind in range(3))
-        return Tiling(short, middle, long, chunk)
-
-
-@dataclass(frozen=True, slots=True)
 class _Step:
     """What the first layer of a step prepares for those of the same shape and window."""
 
@@ -323,7 +235,8 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:
     """As kernels.paged_attention says, without waiting for the device.
 
-    Rows of no segment are not touched: what they hold in the results is whatever the memory held.  Queries
+    A step's first layer launches its plan, for each window: a graph must be captured with a meta that nothing
+    has attended with before.  Rows of no segment are not touched: what they hold in the results is whatever the memory held.  Queries
     from elsewhere over blocks that are held here are segments like others: a row of the table lists those
     blocks, closed up, with holes behind them as far as the segment's positions go, which begin behind the
     last block; no window then.  `chunk`: for tests.  Raises ValueError as the contract does, and for what
@@ -367,7 +280,7 @@ def _prepare(
     if not extents.lengths.any():
         return None
     rows, heads, size = q.shape
-    shape = _Shape(q.dtype, heads, kv.shape[2], size, kv.shape[3], kv.stride(0), softcap is not None)
+    shape = Shape(q.dtype, heads, kv.shape[2], size, kv.shape[3], kv.stride(0), softcap is not None)
     work = plan(meta, extents, shape.tiling(chunk), window)
     processors = _processors(q.device)
     launches = []
@@ -393,10 +306,6 @@ def _prepare(
     )
 
 
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
-
-
 @functools.cache
 def _processors(device: torch.device) -> int:
     if device.type != "cuda":
@@ -405,7 +314,7 @@ def _processors(device: torch.device) -> int:
 
 
 @functools.cache
-def _launch(shape: _Shape, kind: int) -> Launch:
+def _launch(shape: Shape, kind: int) -> Launch:
     element, tile = pointer(shape.dtype), shape.tile(kind)
     unit: Unit = "none" if shape.dtype == torch.float32 else "wgmma" if tile.rows >= 64 else "mma"
     heads = f"{shape.heads}/{shape.kv_heads}"
@@ -444,7 +353,7 @@ def shipped() -> list[Launch]:
     """Shapes of Llama 3.1 8B and of Qwen 2.5 0.5B, and others where they differ in kind."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     shapes = [(bf16, 32, 8, 128, 32), (bf16, 14, 2, 64, 32)]
-    full = [_Shape(*shape, 2 * shape[2] * shape[4] * shape[3]) for shape in shapes]
+    full = [Shape(*shape, 2 * shape[2] * shape[4] * shape[3]) for shape in shapes]
     others = [
         (fp16, 32, 8, 128, 16, False),
         (bf16, 32, 8, 128, 64, True),
@@ -455,5 +364,5 @@ def shipped() -> list[Launch]:
         (fp32, 16, 8, 256, 32, False),
     ]
     for dtype, heads, kv_heads, size, slots, has_softcap in others:
-        full.append(_Shape(dtype, heads, kv_heads, size, slots, 2 * kv_heads * slots * size, has_softcap))
+        full.append(Shape(dtype, heads, kv_heads, size, slots, 2 * kv_heads * slots * size, has_softcap))
     return [_launch(shape, kind) for shape in full for kind in range(3)]
