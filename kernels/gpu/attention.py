@@ -236,11 +236,11 @@ def paged_attention(
     """As kernels.paged_attention says, without waiting for the device.
 
     A step's first layer launches its plan, for each window: a graph must be captured with a meta that nothing
-    has attended with before.  Rows of no segment are not touched: what they hold in the results is whatever the memory held.  Queries
-    from elsewhere over blocks that are held here are segments like others: a row of the table lists those
-    blocks, closed up, with holes behind them as far as the segment's positions go, which begin behind the
-    last block; no window then.  `chunk`: for tests.  Raises ValueError as the contract does, and for what
-    the kernels are not made for.
+    has attended with before.  Rows of no segment are not touched: what they hold in the results is whatever
+    the memory held.  Queries from elsewhere over blocks that are held here are segments like others: a row
+    of the table lists those blocks, closed up, with holes behind them as far as the segment's positions go,
+    which begin behind the last block; no window then.  `chunk`: for tests.  Raises ValueError as the contract
+    does, and for what the kernels are not made for.
     """
     if not q.is_contiguous():
         raise ValueError(f"q must be contiguous, got {described(q)}")
