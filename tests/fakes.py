@@ -126,14 +126,18 @@ class FakeTransfer:
         self.kv = np.full((num_host_slots, runner.block_size), POISON, dtype=np.int64)
         self._device = runner.kv
         self.num_to_fail = 0  # of the next copies
+        self._loading: FakeLoading | None = None  # the last
 
     def store(self, moves: Sequence[BlockMove], overwritten: Collection[int] = ()) -> frozenset[BlockMove]:
+        if self._loading is not None:
+            self._loading.finish()
         for move in moves:
             self.kv[move.host_slot] = self._device[move.device_slot]
         return self._fail(moves, lambda move: self.kv[move.host_slot])
 
     def load(self, moves: Sequence[BlockMove]) -> "FakeLoading":
-        return FakeLoading(self, moves)
+        self._loading = FakeLoading(self, moves)
+        return self._loading
 
     def load_now(self, moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
         for move in moves:

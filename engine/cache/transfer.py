@@ -57,8 +57,11 @@ class SyncTransfer:
     def __init__(self, device: KVStore, host: HostStore, *, verify: bool = False) -> None:
         self._device, self._host = device, host
         self._checksums: dict[int, int] | None = {} if verify else None  # by host slot
+        self._loading: _LoadingByLayer | None = None  # the last
 
     def store(self, moves: Sequence[BlockMove], overwritten: Collection[int] = ()) -> frozenset[BlockMove]:
+        if self._loading is not None:  # of a step that may not be collected yet, and needed nothing of it
+            self._loading.finish()
         for move in moves:
             block = self._host.slab[move.host_slot]
             block.copy_(self._device.slab[:, move.device_slot])
@@ -73,7 +76,8 @@ class SyncTransfer:
             for move in moves
             if sums is not None and sums[move.host_slot] != checksum(self._host.slab[move.host_slot])
         }
-        return _LoadingByLayer(self._device, self._host, moves, frozenset(failed))
+        self._loading = _LoadingByLayer(self._device, self._host, moves, frozenset(failed))
+        return self._loading
 
 
 class _LoadingByLayer:
@@ -100,6 +104,7 @@ class _LoadingByLayer:
         if self._num_loaded < len(self._device.layers):
             for move in self._moves:
                 self._device.slab[rest, move.device_slot].copy_(self._host.slab[move.host_slot, rest])
+            self._num_loaded = len(self._device.layers)
             self.seconds += time.perf_counter() - begun
         return self._failed
 

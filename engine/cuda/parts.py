@@ -70,6 +70,11 @@ def cuda_parts(
         _logger.info("%s", calibration.describe())
         return transfer
 
+    def set_up_thread() -> None:
+        torch.set_num_threads(threads)
+        if device.torch_device.type == "cuda":  # some of the driver's calls ask for a thread that has it
+            torch.cuda.set_device(device.torch_device)
+
     machine = gpu_machine()
     return Parts(
         kv,
@@ -89,7 +94,7 @@ def cuda_parts(
         ),
         device=f"cuda, {machine.partition(',')[0]}",
         new_transfer=new_transfer,
-        thread_setup=lambda: torch.set_num_threads(threads),
+        thread_setup=set_up_thread,
         loaded=lambda: None,
         pacing=None,  # a step of this size takes a GPU a few milliseconds
         run_ahead=RUN_AHEAD,

@@ -11,7 +11,8 @@ import torch
 
 from engine.batch import Collect, StepPlan, StepResult
 from engine.cache.kv_store import KVStore
-from engine.core import EngineCore
+from engine.cache.transfer import TransferEngine
+from engine.core import EngineCore, Runner
 from engine.cuda.copies import PinnedStore, RunCopier, Tiers
 from engine.cuda.transfer import CudaTransfer
 from engine.scheduler import Scheduler, Step
@@ -26,7 +27,7 @@ from tests.engine.test_core_histories import (
     run,
 )
 from tests.engine.two_tiers import TwoTiers
-from tests.fakes import EOS, FakeRunner, stateless_reply
+from tests.fakes import EOS, FakeRunner, FakeTransfer, stateless_reply
 
 LATE_KERNELS = ("loads", "stores", "results")
 LATE_COPIES = ("compute",)
@@ -130,12 +131,17 @@ def test_replies_equal_those_of_fresh_runs_over_many_histories(machine: type, ea
     run(on_a_gpu(machine, early), examples=300, derandomize=False)
 
 
-@pytest.mark.parametrize("early", [LATE_KERNELS, LATE_COPIES, ("compute", "loads"), ()])
-def test_what_a_step_only_loads_is_there_for_the_next_one(early: tuple[str, ...]) -> None:
-    """The turn that runs waits for its token; meanwhile blocks of the next one come back."""
+@pytest.mark.parametrize("early", [LATE_KERNELS, LATE_COPIES, ("compute", "loads"), (), None])
+def test_what_a_step_only_loads_is_there_for_the_next_one(early: tuple[str, ...] | None) -> None:
+    """The turn that runs waits for its token; meanwhile blocks of the next come back.  None: in the host's
+    memory, where a step computes when it is launched.
+    """
     tiers = TwoTiers(num_slots=8, num_host_slots=8, max_concurrent=1)
-    device = VirtualDevice(early)
-    runner, transfer = on_device(device, tiers.runner, 8, 8)
+    device = VirtualDevice(early or ())
+    runner: Runner = tiers.runner
+    transfer: TransferEngine = FakeTransfer(tiers.runner, 8)
+    if early is not None:
+        runner, transfer = on_device(device, tiers.runner, 8, 8)
     tiers.core = core = LaunchingCore(
         tiers.manager, Scheduler(tiers.manager, 64, 1), runner, tiers.clock, frozenset(), 32, transfer
     )

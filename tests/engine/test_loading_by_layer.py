@@ -10,8 +10,8 @@ import torch
 from engine.batch import Collect, StepPlan, StepResult
 from engine.cache.block import BlockMove
 from engine.cache.eviction import Candidate
-from engine.cache.kv_store import KVStore
-from engine.cache.transfer import Loading, TransferEngine
+from engine.cache.kv_store import HostStore, KVStore
+from engine.cache.transfer import Loading, SyncTransfer, TransferEngine
 from engine.conversation import Conversation, TurnState
 from engine.core import Runner
 from engine.models.decoder import Decoder
@@ -157,3 +157,15 @@ def test_the_fake_model_waits_before_it_reads_and_notices_if_it_does_not() -> No
     tiers.core._runner = HastyRunner(runner)
     with pytest.raises(AssertionError, match="attended before anything was written"):
         tiers.say(conversation, [8])
+
+
+def test_what_nobody_waited_for_is_there_for_the_next_step_and_not_brought_again() -> None:
+    device = KVStore(2, 4, 1, SIZE, 8, torch.float32)
+    host = HostStore(device, 4)
+    host.slab[1], device.slab[:, 2] = 7.0, 0.0
+    transfer = SyncTransfer(device, host)
+    loading = transfer.load([BlockMove(2, 1)])
+    transfer.store([])
+    assert (device.slab[:, 2] == 7.0).all()
+    device.slab[:, 2] = 8.0  # by the kernels of the next step
+    assert not loading.finish() and (device.slab[:, 2] == 8.0).all()
