@@ -55,6 +55,7 @@ def test_random_histories_reach_the_device_whole(rng: random.Random, num_pads: i
         check_draws(device, segments)
         check_pads(device, rows, len(segments), num_pads)
         draws = [segment for segment in segments if segment.draw is not None]
+        assert device.draw_rows[len(draws) :][:num_pads].tolist() == [rows.holes] * num_pads
         for at, drawn in enumerate(draws):
             last[drawn.row] = number * 10 + at
             device.last[device.draw_rows[at]] = last[drawn.row]
@@ -113,8 +114,10 @@ def test_only_what_changed_is_sent() -> None:
     assert again.changes.size == 0 and len(again.facts) == 0
     moved = rows.struct([segment(1, [3, -1, 5, 9], first=12)])
     assert moved.changes.T.tolist() == [[0, 1, -1], [0, 3, 9]]
-    warmer = rows.struct([segment(1, [3, -1, 5, 9], first=13, draw=SamplingParams(temperature=0.5))])
-    assert warmer.facts.tolist() == [facts_of(SamplingParams(temperature=0.5), 0).tolist()]
+    warm = SamplingParams(temperature=0.5)
+    for seed in (0, 1):
+        changed = rows.struct([segment(1, [3, -1, 5, 9], first=13, draw=warm, seed=seed)])
+        assert changed.facts.tolist() == [facts_of(warm, seed).tolist()]
 
 
 def test_the_row_used_least_recently_is_taken_but_none_of_the_step() -> None:
