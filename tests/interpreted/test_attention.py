@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gpu import attention
+from kernels.gpu import attention, attention_tiles
 from kernels.merge_state import merge_state
 from kernels.paged_attention import AttnMeta, Extents, paged_attention, paged_attention_ref
 from tests.kernels.cases import Paged, assert_within_noise, paged
@@ -106,6 +106,18 @@ def test_segments_too_long_for_chunks_agree_with_float64() -> None:
     check((1, 1, 16, 16, 150, None, 0.0), [258, 1], [70, 3])
 
 
+def test_the_tiles_of_16_bit_elements_agree_with_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    for (kind, width, itemsize), tile in list(attention_tiles._TABLE.items()):
+        if itemsize == 2:
+            monkeypatch.setitem(attention_tiles._TABLE, (kind, width, 4), tile)
+    attention._launch.cache_clear()
+    try:
+        check((6, 2, 16, 32, None, None, 0.0), [5, 1, 60], [70, 200, 100])  # one of each kind
+        check((6, 2, 16, 32, None, None, 0.2), [60], [100])
+    finally:
+        attention._launch.cache_clear()
+
+
 def test_the_contracts_function_comes_here() -> None:
     case = paged([3, 1], [40, 10])
     assert_same(paged_attention(case.q, case.kv, case.meta, case.scale), attend(case, chunk=attention.CHUNK))
@@ -154,7 +166,8 @@ def test_what_lies_before_every_window_may_be_lost_or_not_a_number() -> None:
     for segment, cached in enumerate([300, 130]):
         unseen = (cached - window + 1) // 32
         assert unseen > 1
-        case.kv[lost[segment, 0]] = torch.nan
+        for position in range(cached - window + 1):
+            case.kv[lost[segment, position // 32], :, :, position % 32] = torch.nan
         lost[segment, 1:unseen] = -1
     whole = attend(case, window)
     assert whole[0].isfinite().all() and whole[1].isfinite().all()
