@@ -22,6 +22,7 @@ from engine.cuda.rows import Rows
 from engine.cuda.sampler import Choice, DeviceSampler, is_plain
 from engine.errors import InvariantError
 from engine.models.decoder import Decoder
+from engine.types import SamplingParams
 from kernels.marks import Mark, unmarked
 from kernels.paged_attention import AttnMeta, Extents
 from kernels.prepare import StepTensors, Struct, prepare
@@ -29,6 +30,7 @@ from kernels.sampling import SamplingRows
 
 RING = 3  # steps that may be launched and not collected: one more than a run-ahead of one needs
 ROWS_PER_REQUEST = 2  # so that what is suspended for a while is not sent anew when it comes back
+_GREEDY = SamplingParams(temperature=0.0)  # which the sampler has a kernel for
 _PAGE = 1024  # integers: structs begin at multiples of it
 
 
@@ -111,7 +113,7 @@ class CudaRunner:
         self._buckets = buckets(self._max_concurrent)
         for num_tokens in _prompt_sizes(self._max_tokens):
             whole, rest = divmod(num_tokens, self._context_tokens)
-            self._try([self._context_tokens] * whole + [rest] * (rest > 0))
+            self._try([self._context_tokens] * whole + [rest] * (rest > 0), _GREEDY)
 
     # -- private
 
@@ -197,11 +199,15 @@ class CudaRunner:
         bounds = Extents(lengths=ones, ends=ones * self._context_tokens)
         return lambda: self._compute(bucket, bucket, bounds, {}).ids
 
-    def _try(self, lengths: Sequence[int]) -> None:
-        """A step of idle segments of these lengths."""
+    def _try(self, lengths: Sequence[int], sampling: SamplingParams | None = None) -> None:
+        """A step of idle segments of these lengths; the sampler is told how they draw, or else nothing."""
         struct = self._rows.idle(lengths)
-        extents = _extents(struct)
-        self._launch(struct, {}, lambda: self._compute(struct.num_tokens, struct.num_draws, extents, {}))()
+        extents, draws = _extents(struct), dict[int, RowParams]()
+        if sampling is not None:
+            draws = {name: RowParams(sampling, 0, 0, 0) for name in range(struct.num_draws)}
+        self._launch(
+            struct, draws, lambda: self._compute(struct.num_tokens, struct.num_draws, extents, draws)
+        )()
 
 
 def _extents(struct: Struct) -> Extents:

@@ -3,7 +3,7 @@
 import dataclasses
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from engine.batch import Collect, RowParams, Segment, StepPlan, StepResult
 from engine.cache.kv_store import KVStore
+from engine.cuda import sampler
 from engine.cuda.graphs import CalledGraphs, buckets
 from engine.cuda.runner import RING, CudaRunner
 from engine.cuda.sampler import DeviceSampler
@@ -315,6 +316,36 @@ def test_warming_up_changes_no_row_and_no_kv(decoder: Decoder) -> None:
     then = StepPlan(1, (chat.segment(is_known=False),))
     assert ours.run(then).sampled == cold.run(then).sampled
     assert ours.device.num_lent_events == 0
+
+
+def test_warming_up_takes_every_way_to_choose_and_every_size(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = dict[str, list[int]](greedy=[], sample=[])
+
+    def watched(name: str) -> Callable[..., torch.Tensor]:
+        choose = getattr(sampler, name)
+
+        def watching(logits: torch.Tensor, *rest: object) -> torch.Tensor:
+            chosen[name].append(len(logits))
+            ids: torch.Tensor = choose(logits, *rest)
+            return ids
+
+        return watching
+
+    for name in chosen:
+        monkeypatch.setattr(sampler, name, watched(name))
+    sizes: list[int] = []
+    forward = decoder.forward
+
+    def forwarded(ids: torch.Tensor, *rest: object) -> torch.Tensor:
+        sizes.append(len(ids))
+        return forward(ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decoder, "forward", forwarded)
+    Cuda(decoder, warm=True)
+    assert chosen == {"greedy": [1] * 7, "sample": [5, 4, 2, 1]}
+    assert sizes == [5, 4, 2, 1, 2, 4, 8, 16, 32, 64, MAX_TOKENS]
 
 
 def test_a_name_that_comes_back_under_another_number_is_new(decoder: Decoder) -> None:
