@@ -34,7 +34,7 @@ VOCAB = 300  # of the 320 tokens that the tiny model has
 def load(folder: Path, device: str, **settings: object) -> AsyncEngine:
     """In float32, with blocks of 16 tokens.  Unless told otherwise, all conversations of a test fit."""
     given = {"block_size": 16, "device_kv_tokens": 8192, "host_kv_tokens": 0, "max_step_tokens": 48}
-    settings = given | {"max_concurrent": 6, "threads": 1, "run_ahead": 1} | settings
+    settings = given | {"max_concurrent": 6, "threads": 1} | settings
     return load_engine(EngineConfig(folder, device=device, dtype="float32", **settings))  # type: ignore[arg-type]
 
 

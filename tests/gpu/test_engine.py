@@ -3,6 +3,7 @@ device.
 """
 
 import asyncio
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ def played(folder: Path, device: str, seed: int = 0, **settings: object) -> Play
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> Played:
     """What the CPU says, with room for everything and nothing kept."""
-    return played(folder, "cpu", stateless=True, run_ahead=0)
+    return played(folder, "cpu", stateless=True)
 
 
 def test_tokens_are_those_of_the_cpu(folder: Path, device: str, expected: Played) -> None:
@@ -37,22 +38,19 @@ def test_tokens_are_those_of_the_cpu(folder: Path, device: str, expected: Played
     assert played(folder, device).replies == expected.replies
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
 def test_tokens_are_the_same_when_blocks_are_dropped_and_computed_again(
-    folder: Path, device: str, expected: Played, run_ahead: int
+    folder: Path, device: str, expected: Played
 ) -> None:
-    found = played(folder, device, **SMALL, run_ahead=run_ahead)
+    found = played(folder, device, **SMALL)
     assert found.replies == expected.replies
     assert found.total("evicted_tokens") > 100
 
 
-@pytest.mark.parametrize("run_ahead", [0, 1])
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_tokens_are_the_same_when_blocks_go_to_the_host_and_come_back(
-    folder: Path, device: str, expected: Played, block_size: int, run_ahead: int
+    folder: Path, device: str, expected: Played, block_size: int
 ) -> None:
-    tiers = {"host_kv_tokens": 4096, "block_size": block_size, "run_ahead": run_ahead}
-    found = played(folder, device, **SMALL, **tiers)
+    found = played(folder, device, **SMALL, host_kv_tokens=4096, block_size=block_size)
     assert found.replies == expected.replies
     assert found.total("cached_host_tokens") > 100
 
@@ -63,8 +61,8 @@ def test_tokens_are_the_same_under_another_policy(folder: Path, device: str, exp
     assert found.total("cached_host_tokens") > 100
 
 
-def test_no_step_waits_for_the_device(folder: Path, device: str, expected: Played) -> None:
-    if device != "cuda":
+def test_no_step_waits_for_the_device(folder: Path, device: str, is_virtual: bool, expected: Played) -> None:
+    if is_virtual:
         pytest.skip("only CUDA can tell")
 
     async def run() -> Played:
@@ -79,7 +77,9 @@ def test_no_step_waits_for_the_device(folder: Path, device: str, expected: Playe
 @contextmanager
 def waits_forbidden() -> Iterator[None]:
     """In the body, a copy or a call that waits for the device without saying so raises."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # of its being a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -1,5 +1,5 @@
-"""The engine's tests on CUDA: those of tests/gpu, run by pytest without plugins.  A dry run has them
-compare the CPU's engine with itself.
+"""The engine's tests on CUDA: those of tests/gpu, run by pytest without plugins.  In a dry run they
+have a virtual device.
 """
 
 import signal
@@ -17,11 +17,11 @@ TESTS = ROOT / "tests" / "gpu"
 
 
 def run(context: Context) -> dict[str, Any]:
-    return _tests(context, "cuda")
+    return _tests(context, "gpu")
 
 
 def dry_run(context: Context) -> dict[str, Any]:
-    return _tests(context, "cpu")
+    return _tests(context, "virtual")
 
 
 def _tests(context: Context, device: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def random_engine(shape: str, device: str, **settings: Any) -> Iterator[AsyncEng
         folder = Path(scratch)
         with patch.object(random_model, "_write_weights"):
             random_model.write_random_model(folder, SHAPES[shape], dtype)
-        settings = {"host_kv_tokens": 0, "run_ahead": int(device == "cuda")} | settings
+        settings = {"host_kv_tokens": 0} | settings
         config = EngineConfig(folder, device=device, dtype=str(dtype).removeprefix("torch."), **settings)  # type: ignore[arg-type]
         with patch.object(weights, "Checkpoint", Drawn):
             engine = load_engine(config)
