@@ -116,7 +116,7 @@ class DecoderLayers:
                 wanted = f"{residual.dtype} {list(kv[0].shape)} with strides {kv[0].stride()}"
                 given = f"{layer.dtype} {list(layer.shape)} with {layer.stride()}"
                 raise ValueError(f"each layer of kv must be {wanted}, got {given} in layer {i}")
-        if rows.is_cuda:  # to read them here would be to wait for the device
+        if rows.device.type != "cpu":  # to read them here would be to wait for the device
             return
         chosen = rows.tolist()
         if rows.dtype != torch.int64 or any(b <= a for a, b in pairwise([-1, *chosen, len(residual)])):

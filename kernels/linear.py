@@ -66,7 +66,7 @@ class PackedLinear:
 
 
 def _product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    if weight.is_cuda:
+    if weight.device.type != "cpu":
         return lambda x: F.linear(x, weight, bias)
     library = _native_library(weight.dtype)
     if library is not None and weight.numel():

@@ -14,6 +14,12 @@ settings.register_profile("continuo", deadline=None, derandomize=True, print_blo
 settings.load_profile("continuo")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of the CPU, and so are the servers that they start, unless those for GPUs are asked for."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def seeds(request: pytest.FixtureRequest) -> None:
     """Seed each test from its own name, so that the outcome depends neither on order nor on selection."""

@@ -401,12 +401,13 @@ def _declare_hub(add: Callable[..., Any]) -> None:
 def _declare_engine(parser: Parser) -> None:
     group = parser.add_argument_group("engine")
     add = group.add_argument
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU where there is one")
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="auto: bfloat16 where the CPU computes in it, else float32; the bundled model is always float32",
+        help="auto: bfloat16 on a GPU and where the CPU computes in it, else float32; the bundled model is "
+        "always float32",
     )
     add("--threads", type=positive, metavar="N", help="that compute (OMP_NUM_THREADS, else all cores)")
     add("--block-size", type=int, default=32, metavar="N", help="tokens per KV block: 16, 32 or 64 (32)")

@@ -155,6 +155,7 @@ class TorchDevice:
             to.copy_(source, non_blocking=True)
 
     def room(self) -> Room:
+        torch.cuda.empty_cache()  # of what torch keeps to give it out again
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         return Room(free, f"the memory of {torch.cuda.get_device_name(self.torch_device)}")
 

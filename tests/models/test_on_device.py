@@ -25,7 +25,6 @@ from engine.models.layer_attention import Rope
 from engine.models.rope import RopeTable
 from engine.models.weights import expected_tensors
 from kernels import decoder_layers
-from kernels.decoder_layers import DecoderLayers
 from kernels.dispatch import use
 from kernels.paged_attention import AttnMeta, Extents
 from tests.models.harness import PagedHarness, Run
@@ -122,8 +121,6 @@ def stand_in_gate(x: Tensor) -> Tensor:
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_layers, "rms_norm", stand_in)
     monkeypatch.setattr(decoder_layers, "add_rms_norm", lambda x, residual, *_: (stand_in(x), stand_in(x)))
-    # The check of `rows` reads them unless they are on a CUDA device, which this is not.
-    monkeypatch.setattr(DecoderLayers, "_check", lambda *_: None)
     for module in (decoder_layers, opt):
         monkeypatch.setattr(module, "rope_kv_write", stand_in)
         monkeypatch.setattr(module, "paged_attention", stand_in_attention)
