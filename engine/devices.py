@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import logging
+import shutil
+import sysconfig
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from engine.errors import ConfigError
 from kernels.gpu.launch import LEAST_CAPABILITY
 
 DRIVER = Path("/proc/driver/nvidia/version")
+_COMPILERS = "cc", "gcc", "clang"
 _logger = logging.getLogger(__name__)
 
 
@@ -82,6 +85,11 @@ def _what_kernels_lack() -> str | None:
         return f"{torch.cuda.get_device_name(0)} has compute capability {found}, and kernels need {least}"
     if importlib.util.find_spec("triton") is None:
         return "triton, in which the kernels are written, is not installed; run pip install 'triton>=3.6'"
+    if not any(map(shutil.which, _COMPILERS)):
+        return f"triton builds what launches its kernels, and finds no C compiler ({', '.join(_COMPILERS)})"
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    if not headers.exists():
+        return f"triton builds what launches its kernels, and {headers} is absent (Debian: python3-dev)"
     return None
 
 

@@ -487,6 +487,7 @@ def _use_environment(chosen: argparse.Namespace) -> None:
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if chosen.threads is None and threads.isdecimal():
             chosen.threads = int(threads) or None
+        os.environ.setdefault("TRITON_CACHE_DIR", str(_home("XDG_CACHE_HOME", ".cache") / "triton"))
         if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
             os.environ["GOMP_SPINCOUNT"] = SPINS  # read when torch is loaded
 

@@ -25,8 +25,9 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Torch sees an H200."""
+    (tmp_path / "Python.h").touch()
     for name, answer in {
         "is_available": True,
         "get_device_capability": (9, 0),
@@ -34,6 +35,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name)
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name: str(tmp_path))
 
 
 @pytest.fixture
@@ -119,6 +122,17 @@ def test_a_gpu_that_the_kernels_are_not_made_for_is_refused_or_passed_over(
 def test_without_triton_there_are_no_kernels_for_a_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="triton, in which the kernels are written, is not installed"):
+        with_device(EngineConfig(MODEL, device="cuda"))
+
+
+def test_without_what_triton_builds_with_there_are_none_either(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name: "/no/headers")
+    with pytest.raises(ConfigError, match=r"/no/headers/Python.h is absent .*; or use --device cpu"):
+        with_device(EngineConfig(MODEL, device="cuda"))
+    monkeypatch.setattr(devices.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"finds no C compiler \(cc, gcc, clang\); or use --device cpu"):
         with_device(EngineConfig(MODEL, device="cuda"))
 
 
