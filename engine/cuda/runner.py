@@ -107,13 +107,12 @@ class CudaRunner:
         """
         device = self._device
         for bucket in reversed(buckets(self._max_concurrent)):
-            self._try([1] * bucket)
+            self._try_decoding(bucket)
             with device.on(device.compute):
                 self._graphs.capture(bucket, self._decode_work(bucket))
         self._buckets = buckets(self._max_concurrent)
         for num_tokens in _prompt_sizes(self._max_tokens):
-            whole, rest = divmod(num_tokens, self._context_tokens)
-            self._try([self._context_tokens] * whole + [rest] * (rest > 0), _GREEDY)
+            self._try_prompt(num_tokens)
 
     # -- private
 
@@ -199,12 +198,17 @@ class CudaRunner:
         bounds = Extents(lengths=ones, ends=ones * self._context_tokens)
         return lambda: self._compute(bucket, bucket, bounds, {}).ids
 
-    def _try(self, lengths: Sequence[int], sampling: SamplingParams | None = None) -> None:
-        """A step of idle segments of these lengths; the sampler is told how they draw, or else nothing."""
-        struct = self._rows.idle(lengths)
-        extents, draws = _extents(struct), dict[int, RowParams]()
-        if sampling is not None:
-            draws = {name: RowParams(sampling, 0, 0, 0) for name in range(struct.num_draws)}
+    def _try_decoding(self, bucket: int) -> None:
+        """What is to be captured: with its extents, for they tell which kernels run."""
+        work = self._decode_work(bucket)
+        self._launch(self._rows.idle([1] * bucket), {}, lambda: Choice(work()))()
+
+    def _try_prompt(self, num_tokens: int) -> None:
+        """A step of so many tokens in segments as long as may be, all of which draw greedily."""
+        whole, rest = divmod(num_tokens, self._context_tokens)
+        struct = self._rows.idle([self._context_tokens] * whole + [rest] * (rest > 0))
+        extents = _extents(struct)
+        draws = {name: RowParams(_GREEDY, 0, 0, 0) for name in range(struct.num_draws)}
         self._launch(
             struct, draws, lambda: self._compute(struct.num_tokens, struct.num_draws, extents, draws)
         )()

@@ -23,6 +23,7 @@ from engine.models.decoder import Decoder
 from engine.sampler import Sampler
 from engine.scheduler import Step
 from engine.types import SamplingParams
+from kernels.paged_attention import AttnMeta
 from tests.cuda import engines
 from tests.cuda.virtual_device import VirtualDevice
 from tests.engine.tiny_model import BLOCK_SIZE, write_model
@@ -335,17 +336,19 @@ def test_warming_up_takes_every_way_to_choose_and_every_size(
 
     for name in chosen:
         monkeypatch.setattr(sampler, name, watched(name))
-    sizes: list[int] = []
+    sizes: list[tuple[int, int]] = []
     forward = decoder.forward
 
-    def forwarded(ids: torch.Tensor, *rest: object) -> torch.Tensor:
-        sizes.append(len(ids))
-        return forward(ids, *rest)  # type: ignore[arg-type]
+    def forwarded(ids: torch.Tensor, meta: AttnMeta, *rest: object) -> torch.Tensor:
+        sizes.append((len(ids), meta.num_positions))
+        return forward(ids, meta, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(decoder, "forward", forwarded)
     Cuda(decoder, warm=True)
     assert chosen == {"greedy": [1] * 7, "sample": [5, 4, 2, 1]}
-    assert sizes == [5, 4, 2, 1, 2, 4, 8, 16, 32, 64, MAX_TOKENS]
+    anywhere = CONTEXT_BLOCKS * BLOCK_SIZE
+    decoding, prompts = [(num, anywhere) for num in (5, 4, 2, 1)], (2, 4, 8, 16, 32, 64, MAX_TOKENS)
+    assert sizes == [*decoding, *((num, num) for num in prompts)]
 
 
 def test_a_name_that_comes_back_under_another_number_is_new(decoder: Decoder) -> None:
