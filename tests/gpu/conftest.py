@@ -23,7 +23,7 @@ def is_virtual(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def device(is_virtual: bool) -> Iterator[str]:
-    """`cuda`, which may be a virtual one.  Reloading is the cheaper way; for a model so small it would not be."""
+    """`cuda`, which may be a virtual one.  Reloading is the cheaper way, as for larger models."""
     if not is_virtual and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     with pytest.MonkeyPatch.context() as patch:

@@ -246,7 +246,8 @@ def made_report(**more: Any) -> dict[str, Any]:
         "commit": "abc1234",
         "is_dry_run": False,
         "environment": {"gpu": gpu, "torch": "2.11.0", "triton": "3.6.0"},
-        "sections": {
+        "sections": {name: {"seconds": 0, "figures": {}, "cases": []} for name in sections.SECTIONS}
+        | {
             "correctness": {"seconds": 1, "figures": {}, "cases": [broken, {**broken, "case": "other"}]},
             "speeds": {"seconds": 1, "figures": {}, "cases": [slow, quick]},
             "throughput": {"seconds": 1, "figures": {}, "cases": [gap]},
@@ -265,6 +266,9 @@ def test_the_table_tells_failures_once_and_fits_what_is_shown() -> None:
 def test_the_readme_shows_the_newest_whole_run_or_says_that_there_is_none(tmp_path: Path) -> None:
     assert report.readme_table(report.newest(tmp_path)) == report.NOT_YET
     (tmp_path / "gpu_suite_dry.json").write_text(json.dumps(made_report(is_dry_run=True)))
+    assert report.newest(tmp_path) is None
+    part = {"speeds": made_report()["sections"]["speeds"]}
+    (tmp_path / "gpu_suite_part.json").write_text(json.dumps(made_report(sections=part)))
     assert report.newest(tmp_path) is None
     (tmp_path / "gpu_suite_old.json").write_text(json.dumps(made_report(date="2025-01-01 00:00:00")))
     (tmp_path / "gpu_suite_new.json").write_text(json.dumps(made_report()))

@@ -53,7 +53,8 @@ def main() -> int:
     path = chosen.out
     if path is None and not chosen.dry_run:
         name = re.sub(r"\W+", "-", found["gpu"]["name"].lower()).strip("-")
-        path = RESULTS / f"gpu_suite_{name}.json"
+        part = [] if set(chosen.only) == set(SECTIONS) else chosen.only
+        path = RESULTS / f"{'_'.join(['gpu_suite', name, *part])}.json"
     for name in chosen.only:
         seconds: float = SECTIONS[name][chosen.dry_run]
         if not chosen.dry_run:

@@ -81,7 +81,8 @@ def random_engine(shape: str, device: str, **settings: Any) -> Iterator[AsyncEng
             random_model.write_random_model(folder, SHAPES[shape], dtype)
         settings = {"host_kv_tokens": 0} | settings
         config = EngineConfig(folder, device=device, dtype=str(dtype).removeprefix("torch."), **settings)  # type: ignore[arg-type]
-        with patch.object(weights, "Checkpoint", Drawn):
+        nothing = patch.object(weights, "let_go")  # there is no file whose pages could be given up
+        with patch.object(weights, "Checkpoint", Drawn), nothing:
             engine = load_engine(config)
         yield engine
 

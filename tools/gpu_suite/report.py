@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tools.gpu_suite.sections import FAILED, GOOD, LATE, MISSED, SKIPPED
+from tools.gpu_suite.sections import FAILED, GOOD, LATE, MISSED, SECTIONS, SKIPPED
 
 NOT_YET = (
     "Not measured yet: `tools/gpu_suite.sh` measures it on a machine with a GPU, "
@@ -134,11 +134,12 @@ def _cases(report: dict[str, Any], section: str) -> list[Case]:
 
 
 def newest(results: Path) -> dict[str, Any] | None:
-    """Of the whole runs on a GPU."""
+    """Of the runs of all sections on a GPU."""
     reports = [json.loads(path.read_text()) for path in results.glob("gpu_suite_*.json")]
-    return max(
-        (each for each in reports if not each["is_dry_run"]), key=lambda each: each["date"], default=None
-    )
+    whole = [
+        each for each in reports if not each["is_dry_run"] and each["sections"].keys() == SECTIONS.keys()
+    ]
+    return max(whole, key=lambda each: each["date"], default=None)
 
 
 def readme_table(report: dict[str, Any] | None) -> str:
