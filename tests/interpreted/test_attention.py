@@ -92,7 +92,9 @@ def test_ragged_steps_agree_with_float64(shape: Shape) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("shape", SHAPES + WIDER, ids=str)
 def test_wider_ragged_steps_agree_with_float64(shape: Shape) -> None:
-    check(shape, [5, 1, 33, 129, 1, 0, 1], [0, 700, 100, 470, 0, 3, 90])
+    group = shape[0] // shape[1]
+    longest = 129 if group <= 4 else 40 if group <= 32 else 3  # many heads make many tiles
+    check(shape, [5, 1, 33, longest, 1, 0, 1], [0, 700, 100, 250, 0, 3, 90])
 
 
 @pytest.mark.heavy
