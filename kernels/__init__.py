@@ -7,10 +7,11 @@
     silu_mul          gated activation over one fused tensor               silu_mul
     linear            weights packed once for many small products          PackedLinear
     decoder_layers    the layers of a decoder, in one native call          DecoderLayers
+    prepare           a step's tensors from one packed struct             prepare, StepTensors, Struct
     sampling          seeded draws that do not depend on batch mates       sample, SamplingRows
     dispatch          which implementation runs, and why                   implementation, describe, use
 
-`native/` has the C sources.  `marks` names what a step's time goes to.
+`native/` has the C sources, `gpu/` the Triton kernels.  `marks` names what a step's time goes to.
 
 Axis letters: T rows (tokens) of a step, S segments, H query heads, G KV heads, D head size, B device blocks,
 P slots per block.  Import the modules themselves: this one stays light, because libraries that look for

@@ -23,7 +23,6 @@ from engine.cuda.sampler import Choice, DeviceSampler, is_plain
 from engine.errors import InvariantError
 from engine.models.decoder import Decoder
 from engine.types import SamplingParams
-from kernels.marks import Mark, unmarked
 from kernels.paged_attention import AttnMeta, Extents
 from kernels.prepare import StepTensors, Struct, prepare
 from kernels.sampling import SamplingRows
@@ -50,7 +49,7 @@ class CudaRunner:
     """Launches are made by one thread, and so are collects, each in the order of planning.
 
     `context_blocks`: of the longest conversation.  A name's token is kept for the step after the one that
-    sampled it.  `mark` is told of the host's time alone; what it waits for the device is "rest".
+    sampled it.
     """
 
     def __init__(
@@ -63,10 +62,9 @@ class CudaRunner:
         max_step_tokens: int,
         max_concurrent: int,
         context_blocks: int,
-        mark: Mark = unmarked,
     ) -> None:
         self._device, self._decoder, self._store, self._sampler = device, decoder, store, sampler
-        self._block_size, self._mark = block_size, mark
+        self._block_size = block_size
         config, num_blocks = decoder.config, store.slab.shape[1]
         self._context_tokens = min(context_blocks * block_size, config.max_positions)
         self._max_tokens = max(max_step_tokens, max_concurrent)
@@ -144,11 +142,9 @@ class CudaRunner:
         device.wait(device.results, ended)
         device.copy(slot.host_ids[:num_draws], slot.ids[:num_draws], device.results)
         device.record(arrived, device.results)
-        self._mark("host")
 
         def collect() -> StepResult:
             device.synchronize(arrived)
-            self._mark("rest")
             seconds = device.seconds_between(begun, ended)
             for event in (begun, ended, arrived):
                 device.recycle(event)
