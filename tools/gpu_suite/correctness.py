@@ -21,7 +21,7 @@ from kernels.paged_attention import paged_attention, paged_attention_ref
 from tools.gpu_suite.accuracy import Wrong, compare, poisoned, require_equal
 from tools.gpu_suite.inputs import PagedStep, make_meta, paged_step
 from tools.gpu_suite.row_checks import row_checks
-from tools.gpu_suite.sections import PASSED, SKIPPED, Context
+from tools.gpu_suite.sections import FAILED, PASSED, SKIPPED, Context
 
 Check = tuple[str, bool, Callable[[], dict[str, Any] | None]]  # name, whether it is small, what to do
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -84,31 +84,37 @@ def run(context: Context) -> dict[str, Any]:
 def dry_run(context: Context) -> dict[str, Any]:
     from tools.gpu_suite import compiling
 
-    interpreted(context)
+    comparing = interpreting(context)
     for module in compiling.modules():
         name = module.__name__.rpartition(".")[2]
         context.case(
             f"compiles: {name}",
             lambda module=module: compiling.compile_all(module.shipped(), lambda: context.left_s),
         )
+    if comparing is not None:
+        _compared(context, comparing)
     return {}
 
 
-def interpreted(context: Context) -> None:
-    """The small comparisons, in a process in which Triton interprets."""
+def interpreting(context: Context) -> "subprocess.Popen[str] | None":
+    """The small comparisons, begun in a process in which Triton interprets, if it can."""
     if not _can_interpret():
         context.write({"case": "interpreted", "status": SKIPPED, "reason": "Triton 3.6 needs numpy < 2.4"})
-        return
+        return None
     command = [sys.executable, "-m", "tools.gpu_suite.correctness"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=context.left_s)
-    for line in ended.stdout.splitlines():
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _compared(context: Context, comparing: "subprocess.Popen[str]") -> None:
+    said, errors = comparing.communicate(timeout=max(1.0, context.left_s))
+    for line in said.splitlines():
         name, status, figures = json.loads(line)
         context.write({"case": f"interpreted: {name}", "status": status, **figures})
-    if ended.returncode:
-        context.write(
-            {"case": "interpreted", "status": "failed", "error": ended.stderr.splitlines()[-4:]},
-        )
+    if comparing.returncode:
+        context.write({"case": "interpreted", "status": FAILED, "error": errors.splitlines()[-4:]})
 
 
 def _can_interpret() -> bool:
@@ -209,7 +215,7 @@ def _interpret() -> int:
             try:
                 line = [name, PASSED, check() or {}]
             except Exception as error:
-                line = [name, "failed", {"error": [f"{type(error).__name__}: {error}"[:300]]}]
+                line = [name, FAILED, {"error": [f"{type(error).__name__}: {error}"[:300]]}]
             print(json.dumps(line), flush=True)
     return 0
 
