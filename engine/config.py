@@ -26,6 +26,7 @@ class EngineConfig:
     policy: Literal["retention", "lru", "lru-tail"] = "retention"  # which idle KV leaves first
     profile: Path | None = None  # costs that `continuo profile` measured; must fit this model and machine
     profile_dir: Path | None = None  # where such a file may lie under its own name; None: nowhere
+    eager_stores: bool = False  # idle KV is copied to the host at once, not only when slots run out
     verify_reloads: bool = False  # checksums of what is on the host; a mismatch is computed again
     max_step_tokens: int = 512
     max_concurrent: int = 32  # turns computed at once

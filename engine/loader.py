@@ -12,6 +12,7 @@ from engine.cache.block_pool import BlockPool
 from engine.cache.costs import CostTable
 from engine.cache.manager import KVCacheManager
 from engine.cache.policy import policy_named
+from engine.cache.tiers import STORE_ALWAYS, STORE_BELOW
 from engine.cache.transfer import TransferEngine
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -101,6 +102,7 @@ def _build(
         costs,
         pipelined=not config.verify_reloads,
         window=reach(model.layers),
+        store_below=STORE_ALWAYS if config.eager_stores else STORE_BELOW,
     )
     scheduler = Scheduler(manager, config.max_step_tokens, config.max_concurrent, parts.pacing)
     core = EngineCore(

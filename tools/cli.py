@@ -443,6 +443,12 @@ def _declare_idle_kv(parser: Parser) -> None:
         "is one, else a quick measurement)",
     )
     add(
+        "--eager-stores",
+        action="store_true",
+        help="copy idle KV to the host at once, not only when the device runs short: bursts find room, at "
+        "the price of copies that may be for nothing",
+    )
+    add(
         "--verify-reloads",
         action="store_true",
         help="keep checksums of KV on the host, and compute again what does not match",

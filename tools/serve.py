@@ -44,6 +44,7 @@ def engine_config(chosen: Namespace) -> EngineConfig:
         policy=chosen.policy,
         profile=chosen.profile,
         profile_dir=chosen.profile_dir,
+        eager_stores=chosen.eager_stores,
         verify_reloads=chosen.verify_reloads,
         step_profile=chosen.step_profile,
         max_concurrent=chosen.max_concurrent,

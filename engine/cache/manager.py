@@ -29,7 +29,7 @@ from engine.cache.eviction import Way
 from engine.cache.holdings import Holdings
 from engine.cache.policy import Policy
 from engine.cache.sharing import Sharing
-from engine.cache.tiers import CacheStatistics, Tiers
+from engine.cache.tiers import STORE_BELOW, CacheStatistics, Tiers
 from engine.errors import InvariantError
 
 
@@ -61,7 +61,8 @@ class KVCacheManager:
     """`host` is the pool of the host tier, of no slots if there is none.  Without `costs`, loading counts as
     cheaper than computing.  `pipelined`: a step may attend to what it loads itself, because every layer waits
     for its part of the copies; otherwise it is for later steps.  `window`: the most positions that a row sees
-    in any layer, itself included; None if some layer sees all that come before.
+    in any layer, itself included; None if some layer sees all that come before.  `store_below`: idle blocks
+    are copied to the host ahead of time while a smaller share of the device's slots is free or clean.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class KVCacheManager:
         *,
         pipelined: bool = False,
         window: int | None = None,
+        store_below: float = STORE_BELOW,
     ) -> None:
         self.block_size = block_size
         self.is_pipelined = pipelined
@@ -89,6 +91,7 @@ class KVCacheManager:
             policy,
             costs,
             pipelined=pipelined,
+            store_below=store_below,
         )
         self.held = Holdings(self.blocks, self.tiers, block_size, window)
         self._sharing = Sharing(self._tables, self.blocks, self.tiers, block_size)

@@ -23,6 +23,8 @@ from engine.errors import InvariantError
 
 STORE_BELOW = 0.25
 """Share of the device slots: blocks are copied to the host ahead of time while fewer are free or clean."""
+STORE_ALWAYS = 1.0
+"""Eagerly: an idle block is clean soon, and leaves the device at no cost when a crowd comes at once."""
 STORE_ANYWAY_BELOW = 0.1
 """While blocks are loaded, none are stored, unless fewer than this are free or clean."""
 MADE_ROOM_FOR = 4
@@ -57,6 +59,7 @@ class Tiers:
         costs: CostTable | None,
         *,
         pipelined: bool,
+        store_below: float = STORE_BELOW,
     ) -> None:
         """`pipelined`: what is loaded may be attended to in the same step."""
         self.device, self.host = device, host
@@ -67,6 +70,7 @@ class Tiers:
         self._block_size = block_size
         self._costs = costs  # None: loading is always cheaper
         self._pipelined = pipelined
+        self._store_below = store_below
         self._copies: dict[int, Copy] = {}  # by block, begun and not yet ended
         self._begun: list[Copy] = []  # those of them for the next step
         self._twice: dict[int, None] = {}  # rows of running conversations with copies on the host
@@ -247,11 +251,11 @@ class Tiers:
         """Begin to copy the least valuable idle blocks to the host if few slots are free or clean."""
         num_slots = self.device.num_slots
         free = self.device.num_free + self.idle.num_clean + self._num_storing
-        if not self._may_store or not self.host.num_slots or free >= STORE_BELOW * num_slots:
+        if not self._may_store or not self.host.num_slots or free >= self._store_below * num_slots:
             return
         if free >= STORE_ANYWAY_BELOW * num_slots and any(copy.is_load for copy in self._copies.values()):
             return
-        left = min(int(STORE_BELOW * num_slots) + 1 - free, self.num_per_step)
+        left = min(int(self._store_below * num_slots) + 1 - free, self.num_per_step)
         for candidate in self._lowest(Way.TO_HOST, now):
             if not self._begin_store(candidate, now):
                 break

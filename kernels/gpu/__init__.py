@@ -5,7 +5,8 @@ floor up, which come here with tensors on a GPU; nothing else imports this room,
     compiled    the same compiled without a GPU, and what it takes of one
     arguments   what all launchers refuse
     plan        a step's attention as work items, made once per step on the device
-    attention   the attention kernel over those items: short queries, longer ones
+    attention   the attention kernel over those items: short queries, longer ones; attention_tiles.py its
+                sizes, attention_checks.py what it refuses
     merge       joins partial results over disjoint keys
     rope        (RMSNorm of q and k heads,) rotation, write of K and V into their blocks
     norm        RMSNorm, alone or after a residual addition

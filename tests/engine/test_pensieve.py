@@ -4,7 +4,7 @@ is in test_pensieve_turns.py, more on values, costs and failed copies in test_ti
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import pytest
 
@@ -12,6 +12,7 @@ from engine.cache.block import NO_SLOT, BlockMove
 from engine.cache.costs import CostTable
 from engine.cache.eviction import Candidate, Way, lowest_first
 from engine.cache.policy import retention
+from engine.cache.tiers import STORE_ALWAYS
 from engine.conversation import Conversation, TurnState
 from engine.types import FinishReason
 from tests.engine.two_tiers import SIZE, TwoTiers
@@ -50,9 +51,9 @@ def stored_while(tiers: TwoTiers, act: Callable[[], object]) -> list[int]:
     slots: list[int] = []
     store = tiers.transfer.store
 
-    def noted(moves: Sequence[BlockMove]) -> frozenset[BlockMove]:
+    def noted(moves: Sequence[BlockMove], overwritten: Collection[int] = ()) -> frozenset[BlockMove]:
         slots.extend(move.host_slot for move in moves)
-        return store(moves)
+        return store(moves, overwritten)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiers.transfer, "store", noted)
@@ -229,6 +230,22 @@ def test_stores_begin_below_a_quarter_free_with_the_lowest_value_and_restore_a_q
     assert stored == 2, "as many as make more than a quarter free or clean"
     assert tiers.states(oldest)[:3] == ["both", "both", "device"]
     assert set(tiers.states(newer)[:14] + tiers.states(last)[:3]) == {"device"}
+
+
+def test_stores_that_are_eager_make_every_idle_block_clean_and_leave_alone_what_runs() -> None:
+    tiers = TwoTiers(num_slots=64, num_host_slots=64, store_below=STORE_ALWAYS)
+    told = [tiers.tell(seed, 5) for seed in range(3)]
+    blocks = tiers.manager.blocks
+    for conversation in told:
+        ids = conversation.table.blocks[:5]
+        assert (blocks.host_valid[ids] == blocks.num_valid[ids]).all() and (blocks.slot[ids] != NO_SLOT).all()
+    num_stored = tiers.manager.statistics().num_stored
+    turn = tiers.begin(told[0], [7], num_new=3 * SIZE)
+    for _ in range(4):
+        tiers.step()
+    assert turn.num_generated > 0 and tiers.manager.statistics().num_stored == num_stored
+    tiers.settle(turn)
+    assert tiers.manager.statistics().num_stored > num_stored
 
 
 def test_a_copied_block_is_valid_on_the_device_until_its_slot_is_handed_out() -> None:

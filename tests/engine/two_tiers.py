@@ -7,6 +7,7 @@ from engine.cache.costs import CostTable
 from engine.cache.eviction import Candidate
 from engine.cache.manager import KVCacheManager
 from engine.cache.policy import Policy, lru
+from engine.cache.tiers import STORE_BELOW
 from engine.conversation import Conversation, Turn, TurnState
 from engine.core import EngineCore
 from engine.scheduler import Scheduler, Step
@@ -29,12 +30,15 @@ class TwoTiers:
         max_step_tokens: int = 64,
         pipelined: bool = True,
         max_concurrent: int = 4,
+        store_below: float = STORE_BELOW,
     ) -> None:
         self.clock = FakeClock()
         self.runner = FakeRunner(num_slots, SIZE)
         self.transfer = FakeTransfer(self.runner, num_host_slots)
         host = BlockPool(num_host_slots)
-        self.manager = KVCacheManager(BlockPool(num_slots), SIZE, policy, host, costs, pipelined=pipelined)
+        self.manager = KVCacheManager(
+            *(BlockPool(num_slots), SIZE, policy, host, costs), pipelined=pipelined, store_below=store_below
+        )
         scheduler = Scheduler(self.manager, max_step_tokens, max_concurrent)
         context = num_slots * SIZE
         self.core = EngineCore(

@@ -131,7 +131,7 @@ def test_every_setting_of_serve_reaches_the_engine(monkeypatch, talking_model, t
     flags = (
         "--device cpu --dtype bfloat16 --threads 3 --block-size 64 --device-kv-memory 1.5GiB "
         f"--max-step-tokens 100 --max-concurrent 5 --max-queue 7 --stateless --data-dir {tmp_path} "
-        "--profile costs.json --step-profile steps.jsonl"
+        "--profile costs.json --step-profile steps.jsonl --eager-stores"
     )
     chosen = cli._parser().parse_args(["serve", str(talking_model), *flags.split()])
     cli._use_environment(chosen)
@@ -150,6 +150,7 @@ def test_every_setting_of_serve_reaches_the_engine(monkeypatch, talking_model, t
         profile_dir=Path("/var/c/continuo/profiles"),
         stateless=True,
         threads=3,
+        eager_stores=True,
     )
 
 
