@@ -2,24 +2,25 @@
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
+import pip
 import pytest
 import torch
 
-from engine.cuda.copies import RunCopier
-from tests.cuda.virtual_device import VirtualDevice
 from tests.tools.conftest import ROOT
 from tools.gpu_suite import __main__ as suite
-from tools.gpu_suite import report, sections, speeds, targets, throughput, transfers
+from tools.gpu_suite import report, sections, speeds, targets
 from tools.gpu_suite.accuracy import Wrong, compare, poisoned, require_equal
 from tools.gpu_suite.inputs import paged_steps
 from tools.gpu_suite.sections import Context, Skip
-from tools.gpu_suite.timing import Time
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="needs triton, which is for Linux on x86-64"
@@ -228,79 +229,6 @@ def test_a_kernel_that_does_not_compile_fails_its_case(context: Context) -> None
     assert any("of 63 columns" in line for line in last(context)["error"])
 
 
-# -- what a GPU is needed for, over stand-ins for it
-
-
-def tiny(new: int, cached: int) -> targets.Attention:
-    return targets.Attention("tiny", (new,) * 2, (cached,) * 2, (4, 2, 16), accept_us=5.0, good_us=4.0)
-
-
-@pytest.mark.parametrize(("us", "status"), [(4.5, "passed"), (6.0, "missed")])
-def test_what_is_timed_is_judged(
-    context: Context, monkeypatch: pytest.MonkeyPatch, us: float, status: str
-) -> None:
-    def once(works: list[Any]) -> Time:
-        works[-1]()
-        return Time(us, 0.01, True)
-
-    monkeypatch.setattr(speeds, "time_works", once)
-    monkeypatch.setattr(speeds, "BEYOND_L2", 1e5)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    cpu = torch.device("cpu")
-    decode = speeds.time_attention(tiny(1, 40), {"matmul_tflops": 700.0}, cpu, context)
-    assert (decode["status"], decode["is_good"]) == (status, False)
-    assert decode["rivals_us"]["sdpa"] == us and "needs flashinfer" in decode["rivals_us"]["flashinfer"]
-    assert "sdpa" not in speeds.time_attention(tiny(8, 40), {}, cpu, context)["rivals_us"]
-    rope = targets.RowWise("rope", "rope_kv_write", 40, 16, accept_us=5.0, good_us=4.0)
-    assert speeds.time_row_wise(rope, cpu)["status"] == status
-    for kernel in ("add_rms_norm", "silu_mul"):
-        assert speeds.time_row_wise(targets.RowWise(kernel, kernel, 4, 32), cpu)["accept_us"] is None
-
-
-@pytest.fixture
-def link(monkeypatch: pytest.MonkeyPatch) -> transfers.Link:
-    """Between the host and itself."""
-    monkeypatch.setattr("engine.cuda.device.TorchDevice", lambda _: VirtualDevice())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(transfers, "TOTAL", 4 << 20)
-    monkeypatch.setattr(transfers, "_REPEATS", 2)
-    monkeypatch.setattr(VirtualDevice, "seconds_between", lambda *_: 1e-3)
-    return transfers.Link()
-
-
-def test_copies_of_all_sizes_are_timed_and_arrive(
-    link: transfers.Link, context: Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transfers, "Link", lambda: link)
-    monkeypatch.setattr(transfers, "COPIERS", {"runs": RunCopier})
-    monkeypatch.setattr(transfers, "SWAP_IN", (8, 64 << 10))
-    assert transfers.run(context)["gbps"]["runs in"]["64 KiB"] == pytest.approx(4.2, abs=0.1)
-    cases = {record["case"]: record for record in context.written}
-    assert cases["runs both at once, 256 KiB"]["gbps"] == pytest.approx(8.4, abs=0.1)
-    assert cases["swap-in of 256 pages of one layer, 8B shape"]["status"] == "missed"
-    assert {record["status"] for record in cases.values()} == {"passed", "missed"}
-    half = slice(0, transfers.TOTAL)
-    link.gbps("runs", transfers.scattered(1 << 20, 64), transfers.IN)  # all of it
-    assert link.near[half].sort().values.equal(link.far[half].sort().values)
-
-
-class At:
-    """An event on a clock of milliseconds."""
-
-    def __init__(self, ms: float) -> None:
-        self.ms = ms
-
-    def elapsed_time(self, later: "At") -> float:
-        return later.ms - self.ms
-
-
-def test_the_gap_between_steps_is_from_the_end_of_one_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    figures = throughput.gaps([(At(10 * n), At(10 * n + 7)) for n in range(9)])  # type: ignore[misc]
-    assert figures == {"replays": 9, "busy_ms": 7.0, "gap_ms": 3.0, "gap_ms_p90": 3.0}
-    assert throughput.gaps([]) == {"replays": 0}
-
-
 # -- reports
 
 
@@ -364,6 +292,30 @@ def test_without_a_gpu_it_says_what_can_be_done() -> None:
     )
     assert ended.returncode == 2 and "--dry-run" in ended.stdout.splitlines()[-1]
     assert "torch" in ended.stdout and "commit" in ended.stdout  # versions, before all else
+
+
+def test_wheels_that_lie_beside_it_are_there_while_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "tools" / "gpu_suite").mkdir(parents=True)
+    (tmp_path / "wheels").mkdir()
+    shutil.copy(ROOT / "tools" / "gpu_suite.sh", tmp_path / "tools")
+    code = "import sys, unusual\nprint(unusual.__file__, *sys.argv[1:])\nsys.exit(3)\n"
+    (tmp_path / "tools" / "gpu_suite" / "__main__.py").write_text(code)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", tmp_path / ".venv")
+    with ZipFile(tmp_path / "wheels" / "unusual-1-py3-none-any.whl", "w") as wheel:
+        about = "unusual-1.dist-info"
+        wheel.writestr("unusual.py", "")
+        wheel.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: unusual\nVersion: 1\n")
+        wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{about}/RECORD", f"unusual.py,,\n{about}/METADATA,,\n{about}/WHEEL,,\n")
+    environment = os.environ | {"PYTHONPATH": str(Path(pip.__file__).parents[1])}
+    command = [tmp_path / "tools" / "gpu_suite.sh", "--only", "speeds"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 3, ended.stderr
+    unpacked, *arguments = ended.stdout.split()
+    assert arguments == ["--only", "speeds"] and not Path(unpacked).exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"tools", "wheels", ".venv"}
 
 
 @pytest.mark.timeout(400)

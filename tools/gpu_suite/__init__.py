@@ -7,8 +7,9 @@
     inputs, timing  paged steps of random contents; times by replays of CUDA graphs
     rivals          torch's and FlashInfer's attention on the same work
     compiling       launches recorded instead of made, and compiled without a GPU
+    accuracy        results against float64, memory full of poison
     correctness, row_checks, speeds, transfers, engine_tests, throughput, conversations    the sections
-    random_engine   an engine of a known shape whose weights are drawn on the device
+    random_engine   an engine of a known shape whose weights are drawn on the device; talking: its clients
     report          the table at the end, and the README's
 
 Modules of sections have `run(context)` and `dry_run(context)`, which give figures of the whole section.
