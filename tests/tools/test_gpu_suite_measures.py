@@ -1,4 +1,4 @@
-"""What the GPU suite does with a GPU, over stand-ins for one: times are judged, copies arrive, gaps are found."""
+"""What the GPU suite does with a GPU, over stand-ins for one: times are judged, copies arrive, gaps found."""
 
 import time
 from pathlib import Path
