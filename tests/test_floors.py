@@ -31,6 +31,7 @@ FLOORS = {
     "engine.cache": 2,
     "engine.models": 2,
     "engine.text": 2,
+    "engine.dist": 3,
     "engine": 4,
     "engine.async_engine": 5,
     "engine.attachment": 5,

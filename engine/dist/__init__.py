@@ -1,0 +1,1 @@
+"""What many ranks decide together."""
