@@ -16,7 +16,7 @@ from kernels.native.library import AttentionArgs, Library
 
 _ROWS_AT_ONCE = 256  # bounds the score matrix of the reference: [G, 256 * H / G, keys] in fp32
 _ALIGNMENT = 4  # bytes: pairs of bf16 are read as one word
-_MOST_POSITIONS = 2**31 - 1024  # positions are 32-bit in the C kernel, which rounds them up to whole chunks
+MOST_POSITIONS = 2**31 - 1024  # they are 32-bit in the kernels, which round them up to whole chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,8 @@ def attention_plan(
     cache = kv.dtype, kv.shape, kv.stride(), kv.data_ptr() % _ALIGNMENT
     key = (library, q_shape, dtype, cache, scale, window, softcap)
     if key not in meta.plans:
-        _check(q_shape, dtype, kv, meta, window, softcap)
+        check_shapes(q_shape, dtype, kv, window, softcap)
+        check_places(q_shape[0], kv, meta)
         meta.plans[key] = None, None
         if library is not None and native_covers(dtype, q_shape[2], kv.shape[3]):
             tables = meta.segment_tables
@@ -239,23 +240,19 @@ def _arguments(
     )
 
 
-def _check(
-    q_shape: Sequence[int],
-    dtype: torch.dtype,
-    kv: Tensor,
-    meta: AttnMeta,
-    window: int | None,
-    softcap: float | None,
+def check_shapes(
+    q_shape: Sequence[int], dtype: torch.dtype, kv: Tensor, window: int | None, softcap: float | None
 ) -> None:
-    """What the kernels take for granted.  Raises ValueError, which names the argument."""
-    rows, heads, size = q_shape
+    """What the kernels take for granted of tensors without a look at what they hold.  Raises ValueError,
+    which names the argument.
+    """
+    _, heads, size = q_shape
     if kv.dtype != dtype:
         raise ValueError(f"kv must have q's dtype {dtype}, got {kv.dtype}")
     if kv.dim() != 5 or kv.shape[1] != 2 or kv.shape[4] != size or 0 in kv.shape[2:] or heads % kv.shape[2]:
         wanted = f"[B, 2, G, P, {size}] with a G that divides {heads}"
         raise ValueError(f"kv must be {wanted} to go with q {list(q_shape)}, got {list(kv.shape)}")
-    blocks, slots = kv.shape[0], kv.shape[3]
-    if blocks and not kv[0].is_contiguous():
+    if len(kv) and not kv[0].is_contiguous():
         raise ValueError(f"each block of kv must be contiguous, got {described(kv)}")
     if kv.data_ptr() % _ALIGNMENT:
         raise ValueError(f"kv must begin at a multiple of {_ALIGNMENT} bytes, got {kv.data_ptr():#x}")
@@ -263,6 +260,11 @@ def _check(
         raise ValueError(f"window must be at least 1 or None, got {window}")
     if softcap is not None and not 0 < softcap < torch.inf:
         raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+
+
+def check_places(rows: int, kv: Tensor, meta: AttnMeta) -> None:
+    """The same of what the tensors of a step of so many rows hold: they are read."""
+    blocks, slots = kv.shape[0], kv.shape[3]
     lengths = meta.q_indptr.diff()
     if meta.q_indptr[0] != 0 or meta.q_indptr[-1] != rows or (lengths < 0).any():
         raise ValueError(f"q_indptr must ascend from 0 to {rows} rows, got {meta.q_indptr.tolist()}")
@@ -272,8 +274,8 @@ def _check(
     if not rows:
         return
     least, most = int(meta.positions.min()), int(meta.positions.max())
-    if least < 0 or most >= _MOST_POSITIONS:
-        raise ValueError(f"positions must lie in [0, {_MOST_POSITIONS}), got {least} .. {most}")
+    if least < 0 or most >= MOST_POSITIONS:
+        raise ValueError(f"positions must lie in [0, {MOST_POSITIONS}), got {least} .. {most}")
     width = meta.block_tables.shape[1]
     if width < most // slots + 1:
         raise ValueError(f"block_tables must be {most // slots + 1} wide for position {most}, got {width}")

@@ -5,14 +5,12 @@ import math
 import numpy as np
 from torch import Tensor
 
-from kernels import paged_attention as contract
 from kernels.checks import described
 from kernels.gpu.arguments import require_device, require_float
 from kernels.gpu.launch import require_gpu
-from kernels.paged_attention import AttnMeta, Extents
+from kernels.paged_attention import MOST_POSITIONS, AttnMeta, Extents, check_places, check_shapes
 
 _LARGEST_GROUP = 128  # query heads per KV head: the rows of the largest tile
-_MOST_POSITIONS = 2**31 - 1024  # 32 bits, with room for whole tiles of keys
 
 
 def check(
@@ -33,11 +31,12 @@ def check(
         if (tensor := getattr(meta, name)) is not None:
             require_device(name, tensor, q.device)
     require_device("kv", kv, q.device)
+    check_shapes(q.shape, q.dtype, kv, window, softcap)
     if meta.extents is not None:
         extents = meta.extents
-        _check_extents(q, kv, meta, extents, window, softcap)
+        _check_extents(rows, kv, meta, extents)
     elif q.device.type == "cpu":
-        contract._check(q.shape, q.dtype, kv, meta, window, softcap)
+        check_places(rows, kv, meta)
         lengths = meta.q_indptr.diff().numpy().astype(np.int64)
         extents = Extents(lengths, meta.first_pos.numpy() + lengths)
     else:
@@ -52,22 +51,8 @@ def check(
     return extents
 
 
-def _check_extents(
-    q: Tensor, kv: Tensor, meta: AttnMeta, extents: Extents, window: int | None, softcap: float | None
-) -> None:
-    """What kernels.paged_attention asks, without a look at tensors that may lie on a GPU."""
-    rows, heads, size = q.shape
-    if kv.dtype != q.dtype:
-        raise ValueError(f"kv must have q's dtype {q.dtype}, got {kv.dtype}")
-    if kv.dim() != 5 or kv.shape[1] != 2 or kv.shape[4] != size or 0 in kv.shape[2:] or heads % kv.shape[2]:
-        wanted = f"[B, 2, G, P, {size}] with a G that divides {heads}"
-        raise ValueError(f"kv must be {wanted} to go with q {described(q)}, got {described(kv)}")
-    if len(kv) and not kv[0].is_contiguous():
-        raise ValueError(f"each block of kv must be contiguous, got {described(kv)}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 or None, got {window}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a positive number or None, got {softcap}")
+def _check_extents(rows: int, kv: Tensor, meta: AttnMeta, extents: Extents) -> None:
+    """What check_places asks, of what the host knows."""
     segments = meta.first_pos.shape
     lengths, ends = extents.lengths, extents.ends
     if lengths.shape != segments or ends.shape != segments or (lengths < 0).any() or (ends < lengths).any():
@@ -77,5 +62,5 @@ def _check_extents(
             f"meta and its extents must be of q's {rows} rows, got {len(meta.positions)}, {extents}"
         )
     width, most = meta.block_tables.shape[1] * kv.shape[3], int(ends.max(initial=0))
-    if most > min(width, _MOST_POSITIONS):
+    if most > min(width, MOST_POSITIONS):
         raise ValueError(f"block_tables must be wide enough for {most} positions, got {width}")

@@ -54,4 +54,3 @@ def require_gpu(device: torch.device) -> None:
                 f"device must have compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or more, "
                 f"got {found[0]}.{found[1]} ({name}); use --device cpu"
             )
-
