@@ -37,9 +37,10 @@ def run(chosen: Namespace) -> int:
 def report(profile: Profile) -> list[str]:
     """For people."""
     subject, costs, table = profile.subject, profile.costs, profile.costs.table()
+    threads = f"{subject.threads} thread{'s' * (subject.threads > 1)} of " if subject.device == "cpu" else ""
     lines = [
-        f"blocks of {subject.block_size} tokens | {subject.dtype} | {subject.threads} "
-        f"thread{'s' * (subject.threads > 1)} of {subject.machine} | {subject.kernels}",
+        f"blocks of {subject.block_size} tokens | {subject.dtype} | {threads}{subject.machine} | "
+        f"{subject.kernels}",
         f"{'up to token':>12}  {'compute ms':>10}  {'reload ms':>9}  {'ratio':>7}",
     ]
     for end, seconds in costs.compute_s.items():

@@ -1,6 +1,7 @@
 """`continuo profile` as a user meets it, and `continuo serve` that finds what it wrote."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -28,6 +29,12 @@ def test_a_profile_is_shown_as_a_table_and_what_follows_from_it() -> None:
         "a block is reloaded rather than computed again wherever it stands",
         "the machine was quiet: repeats differ by 4%, load average 0.25 before",
     ]
+
+
+def test_a_profile_of_a_gpu_tells_of_no_threads() -> None:
+    on_gpu = replace(SUBJECT, device="cuda", machine="A GPU, beside Some CPU", kernels="triton 3")
+    title = report(replace(profile(load_s=0.004), subject=on_gpu))[0]
+    assert title == "blocks of 32 tokens | bfloat16 | A GPU, beside Some CPU | triton 3"
 
 
 @pytest.mark.parametrize(
