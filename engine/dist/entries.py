@@ -89,7 +89,16 @@ class HeartbeatSeen:
     """gManager to rank."""
 
     full_wanted: bool  # a heartbeat is missing
-    over: tuple[tuple[RankId, int], ...]  # (rank, epoch): its epochs before this one are over
+    over: "Over"
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """Lives that have ended: (rank, epoch) for each rank whose epochs before this one are over.  From the
+    gManager, or to a rank from whoever hears of such an epoch.
+    """
+
+    before: tuple[tuple[RankId, int], ...]
 
 
 # -- orders and requests
@@ -214,6 +223,7 @@ class Revoked:
 Body = (
     Heartbeat
     | HeartbeatSeen
+    | Over
     | Plan
     | CandidatesWanted
     | Candidates
