@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+import os
 import shutil
 import sysconfig
 import warnings
@@ -17,7 +18,7 @@ from engine.errors import ConfigError
 from kernels.gpu.launch import LEAST_CAPABILITY
 
 DRIVER = Path("/proc/driver/nvidia/version")
-_COMPILERS = "cc", "gcc", "clang"
+_COMPILERS = "gcc", "clang"
 _logger = logging.getLogger(__name__)
 
 
@@ -85,12 +86,19 @@ def _what_kernels_lack() -> str | None:
         return f"{torch.cuda.get_device_name(0)} has compute capability {found}, and kernels need {least}"
     if importlib.util.find_spec("triton") is None:
         return "triton, in which the kernels are written, is not installed; run pip install 'triton>=3.6'"
-    if not any(map(shutil.which, _COMPILERS)):
-        return f"triton builds what launches its kernels, and finds no C compiler ({', '.join(_COMPILERS)})"
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    if not headers.exists():
+    compilers = [os.environ["CC"]] if "CC" in os.environ else _COMPILERS
+    if not any(map(shutil.which, compilers)):
+        return f"triton builds what launches its kernels, and finds no C compiler ({', '.join(compilers)})"
+    if not (headers := _headers()).exists():
         return f"triton builds what launches its kernels, and {headers} is absent (Debian: python3-dev)"
     return None
+
+
+def _headers() -> Path:
+    """As Triton looks for them: not where Ubuntu's own scheme would have some installed."""
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    return Path(sysconfig.get_path("include", scheme)) / "Python.h"
 
 
 def _first_line(driver: Path) -> str | None:

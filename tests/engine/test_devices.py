@@ -36,7 +36,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(devices.shutil, "which", lambda name: name)
-    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name, scheme: str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
 
 
 @pytest.fixture
@@ -128,12 +129,28 @@ def test_without_triton_there_are_no_kernels_for_a_gpu(gpu: None, monkeypatch: p
 def test_without_what_triton_builds_with_there_are_none_either(
     gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name: "/no/headers")
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name, scheme: "/no/headers")
     with pytest.raises(ConfigError, match=r"/no/headers/Python.h is absent .*; or use --device cpu"):
         with_device(EngineConfig(MODEL, device="cuda"))
     monkeypatch.setattr(devices.shutil, "which", lambda name: None)
-    with pytest.raises(ConfigError, match=r"finds no C compiler \(cc, gcc, clang\); or use --device cpu"):
+    with pytest.raises(ConfigError, match=r"finds no C compiler \(gcc, clang\); or use --device cpu"):
         with_device(EngineConfig(MODEL, device="cuda"))
+
+
+def test_the_compiler_and_the_headers_are_those_that_triton_takes(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The one that CC names, and no other; headers of the prefix, where Ubuntu would have local ones."""
+    schemes = {"posix_prefix": str(tmp_path), "posix_local": "/no/headers"}
+    monkeypatch.setattr(devices.sysconfig, "get_default_scheme", lambda: "posix_local")
+    monkeypatch.setattr(devices.sysconfig, "get_path", lambda name, scheme: schemes[scheme])
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name if name == "my-cc" else None)
+    monkeypatch.setenv("CC", "my-cc")
+    assert gpu_obstacle() is None
+    monkeypatch.setattr(devices.shutil, "which", lambda name: name if name == "gcc" else None)
+    assert "finds no C compiler (my-cc)" in (gpu_obstacle() or "")
+    monkeypatch.delenv("CC")
+    assert gpu_obstacle() is None
 
 
 def test_what_only_one_device_does_is_refused_on_the_other(
