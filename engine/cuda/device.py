@@ -7,7 +7,8 @@ a stream runs in order, and nothing orders two streams but the events that one o
 import ctypes
 import sys
 import weakref
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from math import prod
 from typing import Any, Protocol, TypeAlias
 
@@ -146,9 +147,14 @@ class TorchDevice:
         if sys.platform == "linux" and prod(shape) * dtype.itemsize >= _LEAST_REGISTERED_BYTES:
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             with torch.cuda.device(self.torch_device):
-                if (memory := registered(shape, dtype, runtime)) is not None:
+                if (memory := registered(shape, dtype, runtime, self._forget_refusal)) is not None:
                     return memory
         return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def _forget_refusal(self) -> None:
+        """The runtime keeps its last error until somebody asks, as torch does behind a kernel of its own."""
+        with suppress(RuntimeError):
+            torch.ones(1, device=self.torch_device)
 
     def copy(self, to: Tensor, source: Tensor, stream: Stream) -> None:
         with torch.cuda.stream(stream):
@@ -160,13 +166,16 @@ class TorchDevice:
         return Room(free, f"the memory of {torch.cuda.get_device_name(self.torch_device)}")
 
 
-def registered(shape: tuple[int, ...], dtype: torch.dtype, runtime: Any) -> Tensor | None:
+def registered(
+    shape: tuple[int, ...], dtype: torch.dtype, runtime: Any, on_refusal: Callable[[], None]
+) -> Tensor | None:
     """Memory that the CUDA runtime has pinned, until the tensor and all its views are gone; None if it
-    refuses.  Linux only.
+    refuses, of which `on_refusal` is told.  Linux only.
     """
     memory = zeros(shape, dtype)
     address = memory.data_ptr()
     if int(runtime.cudaHostRegister(address, memory.nbytes, _PORTABLE_AND_MAPPED)) != 0:
+        on_refusal()
         return None
     # Whoever holds the result holds this; pages must not be unmapped before the driver has let go of them.
     owner = (ctypes.c_char * memory.nbytes).from_address(address)

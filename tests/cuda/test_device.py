@@ -201,7 +201,7 @@ class Runtime:
 @pytest.mark.skipif(sys.platform != "linux", reason="takes memory as Linux gives it")
 def test_memory_is_registered_as_large_as_it_is_until_nobody_has_any_of_it() -> None:
     runtime = Runtime()
-    memory = registered((3, 1000), torch.bfloat16, runtime)
+    memory = registered((3, 1000), torch.bfloat16, runtime, pytest.fail)
     assert memory is not None and runtime.registered == {memory.data_ptr(): 6000}
     memory.fill_(1.5)
     part = memory[1]
@@ -212,8 +212,11 @@ def test_memory_is_registered_as_large_as_it_is_until_nobody_has_any_of_it() -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="takes memory as Linux gives it")
-def test_memory_that_cannot_be_registered_is_none() -> None:
-    assert registered((3, 1000), torch.bfloat16, Runtime(error=801)) is None
+def test_memory_that_cannot_be_registered_is_none_and_the_refusal_is_told() -> None:
+    """Or torch would take it for what became of its next kernel."""
+    told: list[bool] = []
+    assert registered((3, 1000), torch.bfloat16, Runtime(error=801), lambda: told.append(True)) is None
+    assert told
 
 
 @pytest.mark.gpu
