@@ -18,11 +18,9 @@ import random
 import time
 import tracemalloc
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from engine.batch import StepPlan, StepResult
-from engine.cache.block import BlockMove
 from engine.cache.block_pool import BlockPool
 from engine.cache.costs import CostTable
 from engine.cache.eviction import Candidate, Ranking
@@ -34,6 +32,7 @@ from engine.core import EngineCore
 from engine.loader import SystemClock
 from engine.registry import Registry
 from engine.scheduler import Scheduler
+from engine.simulation.timed import TimedRunner, TimedTransfer
 from engine.token_log import TokenLog
 from engine.types import (
     ConversationId,
@@ -55,30 +54,6 @@ TOKEN_BYTES = array("i").itemsize
 IDLE_TOKENS, RUNNING_TOKENS, REPLY = 1280, 2048, 200
 COSTS = CostTable({128: 0.016, 1024: 0.018, 4096: 0.024}, load_s=0.001)
 BOUNDS = {"plan_ms": 1.0, "choose_us": 20.0, "bytes_per_conversation": 2048, "bytes_per_block": 100}
-
-
-class NoModel:
-    """Every step samples token 1, in no time."""
-
-    def run(self, plan: StepPlan, wait_for: Callable[[int], None] | None = None) -> StepResult:
-        return StepResult({segment.row: 1 for segment in plan.segments if segment.draw is not None})
-
-
-class NoCopies:
-    """Every copy has been made."""
-
-    seconds = 0.0
-
-    def store(self, moves: object) -> frozenset[BlockMove]:
-        return frozenset()
-
-    def load(self, moves: object) -> "NoCopies":
-        return self
-
-    def wait_for(self, layer: int) -> None: ...
-
-    def finish(self) -> frozenset[BlockMove]:
-        return frozenset()
 
 
 class Watch:
@@ -137,7 +112,7 @@ def _core(num_idle: int, num_running: int) -> EngineCore:
         BlockPool(device), SIZE, retention(COSTS), BlockPool(num_blocks // 2), COSTS, pipelined=True
     )
     scheduler = Scheduler(manager, max_step_tokens=8192, max_concurrent=num_running)
-    return EngineCore(manager, scheduler, NoModel(), SystemClock(), frozenset(), 16_384, NoCopies())
+    return EngineCore(manager, scheduler, TimedRunner(), SystemClock(), frozenset(), 16_384, TimedTransfer())
 
 
 def _speed(num_idle: int, num_running: int, num_steps: int) -> dict[str, Any]:

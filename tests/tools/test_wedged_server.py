@@ -14,7 +14,7 @@ WEDGED = """
 import sys, threading
 from engine.model_runner import ModelRunner
 from tools.cli import main
-ModelRunner.run = lambda self, plan: threading.Event().wait()
+ModelRunner.run = lambda self, plan, wait_for=None: threading.Event().wait()
 sys.exit(main(sys.argv[1:]))
 """
 
