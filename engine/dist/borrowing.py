@@ -49,6 +49,11 @@ class Borrowing:
     def num_owed(self) -> int:
         return sum(debt.num_blocks for debt in self._loans.values())
 
+    @property
+    def wants_room(self) -> bool:
+        """Blocks are wanted home that nothing brings yet."""
+        return any(debt.fetch is None and debt.num_blocks > debt.keep for debt in self._unsteady)
+
     # -- decisions
 
     def move(

@@ -53,7 +53,7 @@ class PlacementEntry:
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """A rank's word about itself.  Blocks, but for `batch`: conversations that it computes in one step."""
+    """A rank's word about itself, in blocks where nothing else is said."""
 
     rank: RankId
     node: int  # ranks of a node reach one another fast
@@ -63,12 +63,17 @@ class RankState:
     host_free: int
     lent: int  # both tiers, reservations included
     borrowed: int
-    batch: int
+    batch: int  # conversations that it computes in one step
     epoch: int  # of the rank's life: a later one knows nothing of loans before
+    waiting: int = 0  # conversations that wait for device blocks
+    waiting_blocks: int = 0  # that they need in all
 
     @property
     def device_used_share(self) -> float:
         return 1.0 - self.device_free / self.device_blocks if self.device_blocks else 1.0
+
+    def free(self, tier: Tier) -> int:
+        return self.device_free if tier == Tier.DEVICE else self.host_free
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,11 +55,11 @@ class Lending:
 
     # -- messages
 
-    def reserve(self, message: Reserve, now: float) -> None:
+    def reserve(self, message: Reserve, now: float, may_grant: bool) -> None:
         """First come, first served."""
         request, n, tier = message.request, message.num_blocks, message.tier
         loan = self._by_request.get(request)
-        if loan is None and n > 0 and self.room(tier) >= n:
+        if loan is None and may_grant and 0 < n <= self.room(tier):
             slots = self._table.allocate(request.debtor, message.conversation, n, tier)
             if slots is None:
                 raise InvariantError(f"no room for {n} blocks, and there was")

@@ -48,7 +48,7 @@ class RManager:
     ) -> None:
         """`epoch`: greater than that of any life of this rank before."""
         self.rank, self.node = rank, node
-        self.batch = 0  # conversations in a step, told by the scheduler
+        self.batch = self.waiting = self.waiting_blocks = 0  # as in RankState, told by the scheduler
         self.table = RBlockTable(rank, device, host)
         self._settings = settings
         self._outbox = Outbox(rank, epoch)
@@ -143,7 +143,8 @@ class RManager:
         self._learn(((sender, message.epoch),), now)
         match body:
             case Reserve():
-                self._lending.reserve(body, now)
+                # What becomes free while own blocks wait to come home is theirs.
+                self._lending.reserve(body, now, not self._borrowing.wants_room)
             case Commit():
                 self._lending.commit(body, sender)
             case Release():
@@ -195,6 +196,8 @@ class RManager:
             self._borrowing.num_owed,
             self.batch,
             self.epoch,
+            self.waiting,
+            self.waiting_blocks,
         )
 
     # -- private
