@@ -2,7 +2,9 @@
 than launching its hundreds of kernels takes the host.
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -41,7 +43,8 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         stream = self._device.compute
         # "thread_local": other threads may use the device meanwhile, as for memory that is pinned.
-        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+        capturing = torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local")
+        with _no_garbage_collected(), capturing:
             given = work()
         self._graphs[bucket] = graph, given
 
@@ -49,6 +52,18 @@ class CudaGraphs:
         graph, given = self._graphs[bucket]
         graph.replay()
         return given
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """An engine of before may be among it: to let go of its graphs and its pinned memory ends a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class CalledGraphs:
