@@ -80,7 +80,8 @@ class Borrowing:
         if not chosen:
             return 0
         state = State.ASKING if candidates is None else State.RESERVING
-        debt = Debt(self._new_request(), conversation, source, chosen, tier, state, list(candidates or ()))
+        others = [rank for rank in candidates or () if rank != self._rank]
+        debt = Debt(self._new_request(), conversation, source, chosen, tier, state, others)
         self._by_conversation.setdefault(conversation, {})[debt] = None
         self._moving.update(dict.fromkeys(((source, slot) for slot in chosen), debt))
         if state == State.ASKING:

@@ -160,6 +160,10 @@ class Lending:
         held.num_holds -= 1
         self._free_leaving(held)
 
+    def granted(self) -> dict[LoanId, int]:
+        """Blocks, by loan."""
+        return {name: len(loan.slots) for name, loan in self._loans.items() if loan.slots}
+
     def peers(self) -> dict[RankId, int]:
         return {loan.request.debtor: loan.request.epoch for loan in self._loans.values()}
 

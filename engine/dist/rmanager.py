@@ -111,6 +111,10 @@ class RManager:
         """This rank's blocks that are elsewhere, by loan."""
         return self._borrowing.owed()
 
+    def granted(self) -> dict[LoanId, int]:
+        """Others' blocks that are here or expected, by loan."""
+        return self._lending.granted()
+
     # -- copies between ranks
 
     def sent(self, loan: LoanId, ok: bool, now: float) -> None:
