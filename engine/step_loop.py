@@ -87,20 +87,22 @@ class StepLoop:
 
     async def _steps(self, thread: StepThread) -> None:
         loop = asyncio.get_running_loop()
-        launched: deque[tuple[Step, Future[Collect]]] = deque()
+        launched: deque[tuple[Step, Future[Collect] | None]] = deque()  # None: when its turn comes
         while launched or not self._stopping:
             self._wake.clear()
             while len(launched) <= self._run_ahead and not self._stopping:
                 step = self._core.plan()
                 if step is None:
                     break
-                launched.append((step, thread.submit(partial(self._core.launch, step))))
+                launch = thread.submit(partial(self._core.launch, step)) if self._run_ahead else None
+                launched.append((step, launch))
             if not launched:
                 await self._nap()
                 continue
             step, launch = launched.popleft()
             computing: asyncio.Future[StepResult] = loop.create_future()
-            done = thread.submit(partial(_collected, launch))  # behind the launch of the next step
+            # Behind the launch of the next step, if there is a run-ahead.
+            done = thread.submit(partial(self._core.execute, step) if launch is None else _collected(launch))
             done.add_done_callback(partial(_hand_over, loop, computing))
             alarm = loop.call_later(self._stall_s, self._give_up, step, computing)
             try:
@@ -131,9 +133,9 @@ class StepLoop:
             ) from None
 
 
-def _collected(launch: "Future[Collect]") -> StepResult:
-    """On the thread that launched it, so that it has ended, well or not."""
-    return launch.result()()
+def _collected(launch: "Future[Collect]") -> Callable[[], StepResult]:
+    """For the thread that launched it, so that the launch has ended by then, well or not."""
+    return lambda: launch.result()()
 
 
 def _hand_over(
