@@ -1,5 +1,5 @@
-"""The engine's tests on CUDA: those of tests/gpu, run by pytest without plugins.  In a dry run they
-have a virtual device.
+"""The engine's tests on CUDA: those of tests/gpu and of what copies its KV, run by pytest without plugins.
+In a dry run the former have a virtual device, and the latter are skipped.
 """
 
 import signal
@@ -14,6 +14,7 @@ from tools.gpu_suite.sections import FAILED, PASSED, SKIPPED, Context
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "gpu"
+_OF_COPIES = "device", "copies", "calibration", "transfer"  # modules of tests/cuda; some tests need a GPU
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -29,7 +30,8 @@ def _tests(context: Context, device: str) -> dict[str, Any]:
         return {}
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-c", str(TESTS / "suite.ini"), str(TESTS)]
+        of_copies = [str(ROOT / "tests" / "cuda" / f"test_{name}.py") for name in _OF_COPIES]
+        command = [sys.executable, "-m", "pytest", "-c", str(TESTS / "suite.ini"), *of_copies, str(TESTS)]
         command += ["-m", "gpu", "--on", device, "-q", "--tb=short", f"--junitxml={results}"]
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
