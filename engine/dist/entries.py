@@ -37,6 +37,13 @@ class LoanId(NamedTuple):
     number: int
 
 
+class Slots(NamedTuple):
+    """Of one tier of a rank, in order."""
+
+    tier: Tier
+    numbers: tuple[int, ...]
+
+
 # -- the placement map (Infinite-LLM, request placement entries)
 
 
@@ -77,6 +84,15 @@ class RankState:
 
 
 @dataclass(frozen=True, slots=True)
+class Over:
+    """Lives that have ended: (rank, epoch) for each rank whose epochs before this one are over.  A message by
+    itself to a rank, from the gManager or from whoever hears of such an epoch.
+    """
+
+    before: tuple[tuple[RankId, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Rank to gManager.  `entries` are those that changed since the heartbeat before, or all if `is_full`."""
 
@@ -87,6 +103,7 @@ class Heartbeat:
     entries: tuple[PlacementEntry, ...]
     is_full: bool
     peers: tuple[tuple[RankId, int], ...] = ()  # whom it owes or lends to, and their epochs
+    over: Over = Over(())  # as far as it knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +111,7 @@ class HeartbeatSeen:
     """gManager to rank."""
 
     full_wanted: bool  # a heartbeat is missing
-    over: "Over"
-
-
-@dataclass(frozen=True, slots=True)
-class Over:
-    """Lives that have ended: (rank, epoch) for each rank whose epochs before this one are over.  From the
-    gManager, or to a rank from whoever hears of such an epoch.
-    """
-
-    before: tuple[tuple[RankId, int], ...]
+    over: Over
 
 
 # -- orders and requests

@@ -85,10 +85,8 @@ class GManager:
 
     def tick(self, now: float) -> None:
         lost = [rank for rank, heard in self._heard.items() if now - heard.at >= self._settings.lost_after_s]
-        for rank in lost:
-            self._living[rank] = self._heard.pop(rank).epoch + 1
-            self.ledger.lose(rank)
         if lost:
+            self._learn(Over(tuple((rank, self._heard[rank].epoch + 1) for rank in lost)))
             for rank in self._heard:
                 self._outbox.say(rank, self._over())
         if now >= self._round_at:
@@ -101,6 +99,7 @@ class GManager:
     def _hear(self, heartbeat: Heartbeat, now: float) -> None:
         rank, epoch = heartbeat.rank, heartbeat.epoch
         full_wanted = False
+        self._learn(heartbeat.over)
         if epoch >= self._living.get(rank, 0):
             heard = self._meet(rank, epoch, now)
             for peer, peer_epoch in heartbeat.peers:
@@ -123,6 +122,15 @@ class GManager:
             self._heard[rank] = _Heard(epoch, now)
             self._living[rank] = epoch
         return self._heard[rank]
+
+    def _learn(self, over: Over) -> None:
+        """From ranks as well: a gManager before this one may have told them."""
+        for rank, epoch in over.before:
+            if epoch > self._living.get(rank, 0):
+                self._living[rank] = epoch
+                if rank in self._heard and self._heard[rank].epoch < epoch:
+                    del self._heard[rank]
+                    self.ledger.lose(rank)
 
     def _over(self) -> Over:
         return Over(tuple(sorted(self._living.items())))

@@ -20,6 +20,7 @@ from engine.dist.entries import (
     Reserve,
     Reserved,
     Revoked,
+    Slots,
     Tier,
 )
 from engine.dist.outbox import Outbox
@@ -145,7 +146,7 @@ class Lending:
 
     # -- the copies
 
-    def hold(self, loan: LoanId) -> tuple[int, ...] | None:
+    def hold(self, loan: LoanId) -> Slots | None:
         """The slots of a loan, for reading or writing until `let_go`, whatever becomes of the loan until
         then; or None: it is over, and what is in its slots now is not its own.
         """
@@ -153,7 +154,7 @@ class Lending:
         if held is None or not held.slots:
             return None
         held.num_holds += 1
-        return tuple(held.slots)
+        return Slots(held.tier, tuple(held.slots))
 
     def let_go(self, loan: LoanId) -> None:
         held = self._loans[loan]

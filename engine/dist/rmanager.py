@@ -23,6 +23,7 @@ from engine.dist.entries import (
     Reserve,
     Reserved,
     Revoked,
+    Slots,
     Tier,
 )
 from engine.dist.lending import Lending
@@ -125,7 +126,7 @@ class RManager:
         """The end of FetchBlocks: nothing is written to its slots any more."""
         self._borrowing.fetched(loan, ok, now)
 
-    def hold(self, loan: LoanId) -> tuple[int, ...] | None:
+    def hold(self, loan: LoanId) -> Slots | None:
         """As a creditor: the loan's slots, which serve nobody else until `let_go`; None if it is over.  To be
         asked before every copy to or from them and every step that attends to them.
         """
@@ -251,7 +252,9 @@ class RManager:
         entries = self.table.entries() if is_full else changes
         lending, borrowing = self._peers()
         peers = tuple(sorted({**lending, **borrowing}.items()))
-        return Heartbeat(self.rank, self.epoch, self._num_heartbeats, self.state(), entries, is_full, peers)
+        over = Over(tuple(sorted(self._living.items())))
+        state, number = self.state(), self._num_heartbeats
+        return Heartbeat(self.rank, self.epoch, number, state, entries, is_full, peers, over)
 
     def _peers(self) -> tuple[dict[RankId, int], dict[RankId, int]]:
         return self._lending.peers(), self._borrowing.peers()

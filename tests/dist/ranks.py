@@ -16,6 +16,7 @@ from engine.dist.entries import (
     RankId,
     RejoinWanted,
     SendBlocks,
+    Slots,
     Tier,
 )
 from engine.dist.gmanager import GManager, RoundSettings
@@ -68,7 +69,7 @@ class Copy:
     debtor: Rank
     creditor: Rank
     action: SendBlocks | FetchBlocks
-    held: tuple[int, ...] | None = None
+    held: Slots | None = None
     content: list[str] | None = None
 
 
@@ -152,17 +153,16 @@ class Ranks:
         ok = ok and not {copy.creditor.manager.rank, copy.debtor.manager.rank} & self.cut
         if held is not None and self._lives(copy.creditor):
             owners = copy.creditor.manager.table.owners()
-            tiers = [tier for tier in Tier if all(self._owns(owners, copy, tier, slot) for slot in held)]
-            assert tiers, "slots that are held serve somebody else"
-            tier = tiers[0]
+            tier, numbers = held
+            assert all(self._owns(owners, copy, tier, slot) for slot in numbers), "held, and given away"
             if isinstance(action, SendBlocks):
-                content = copy.content if ok and copy.content else ["cut"] * len(held)
-                for slot, block in zip(held, content, strict=True):
+                content = copy.content if ok and copy.content else ["cut"] * len(numbers)
+                for slot, block in zip(numbers, content, strict=True):
                     copy.creditor.memory[tier, slot] = block
             elif self._lives(copy.debtor):
                 into = copy.debtor.manager.table.owners()
                 assert all(self._owns(into, copy, action.tier, slot) for slot in action.slots)
-                wanted = held[action.first : action.first + len(action.slots)]
+                wanted = numbers[action.first : action.first + len(action.slots)]
                 ok = ok and len(wanted) == len(action.slots)
                 for slot, there in zip(action.slots, wanted, strict=False):
                     copy.debtor.memory[action.tier, slot] = copy.creditor.memory[tier, there]
@@ -232,20 +232,14 @@ class Ranks:
             return True
         loan, index = place
         creditor = self.ranks[loan.creditor]
-        slots = creditor.manager.hold(loan)
-        if slots is None:
+        held = creditor.manager.hold(loan)
+        if held is None:
             return False
         creditor.manager.let_go(loan)
-        if index >= len(slots):
+        if index >= len(held.numbers):
             return False
-        owners = creditor.manager.table.owners()
-        tier = next(
-            t
-            for t in Tier
-            if owners.get((t, slots[index])) == (conversation, life.manager.rank, t)
-            and creditor.memory.get((t, slots[index])) == block
-        )
-        return creditor.memory[tier, slots[index]] == block
+        assert creditor.memory[held.tier, held.numbers[index]] == block
+        return True
 
     def check_agreement(self) -> None:
         """After `settle`: both sides of every loan, the map and the debts say the same."""

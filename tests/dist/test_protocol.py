@@ -176,7 +176,8 @@ def run_at_random(seed: int, num_steps: int) -> Protocol:
         elif what < 0.31:
             machine.compute(rank, rng.randrange(4), rng.randrange(1, 6))
         elif what < 0.70 and machine.ranks.messages:
-            machine.deliver(rng.randrange(10_000), rng.random() < 0.1)
+            for _ in range(min(len(machine.ranks.messages), rng.choice((1, 8)))):
+                machine.deliver(rng.randrange(10_000) % len(machine.ranks.messages), rng.random() < 0.1)
         elif what < 0.73 and machine.ranks.messages:
             machine.lose_message(rng.randrange(10_000))
         elif what < 0.86 and machine.ranks.copies:
