@@ -36,6 +36,7 @@ themselves, the tables of rows and block ids.
 # From kernels/gpu/plan.py, where keys are cut into chunks, and a row has a partial result for each:
 _CHUNK = 512  # positions of a chunk, and twice as many where the segment is not short
 _MOST_SHORT = 16  # rows of a short segment
+_MOST_CHUNKS = 32  # of a segment that is not
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,8 @@ def workspace_bytes(config: EngineConfig, model: ModelConfig, itemsize: int, con
     # Output and lse of a row in float32 for each chunk of its keys: of all rows, and of a graph's.
     windows = {layer.window for layer in model.layers}
     short = min(rows, _MOST_SHORT * requests)
-    chunks = (short + requests) * -(-context // _CHUNK) + (rows - short) * -(-context // (2 * _CHUNK))
+    chunks = (short + requests) * -(-context // _CHUNK)
+    chunks += (rows - short) * min(_MOST_CHUNKS, -(-context // (2 * _CHUNK)))
     partials = len(windows) * chunks * 4 * (q_size + model.num_heads)
     return FIXED_WORKSPACE_BYTES + 2 * (rows * per_row * itemsize + logits) + partials
 

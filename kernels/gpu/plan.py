@@ -5,8 +5,8 @@ into chunks at absolute positions; an item is one tile over one chunk, for all K
 follow from the segment alone, so that a row's result never depends on what else is in the step:
 
     short   fits the smallest tile             chunks of `chunk` positions
-    middle  fits the next one                  chunks of `span` positions
-    long    tiles of the largest, last first   chunks of `span` up to _SPLIT rows, and else no chunks
+    middle  fits the next one                  chunks of a multiple of `span` positions, at most _CHUNKS
+    long    tiles of the largest, last first   the same up to _SPLIT rows, and else no chunks
 
 A row whose keys lie in several chunks has as many partial results, side by side, and an entry in the list of
 merges.
@@ -31,6 +31,7 @@ MERGE = tl.constexpr(4)  # row, first slot, slots, chunk of the first slot
 NO_WINDOW = 2**31 - 1
 KINDS = ("short", "middle", "long")
 
+_CHUNKS = 32  # unmeasured: work for 256 programs with 8 KV heads, and few partial results of a row
 _SPLIT = 256  # unmeasured: tiles of longer segments are many by themselves
 _ALIGNMENT = 64  # keys are read from multiples of this on
 _WHOLE = 2**31 - 1  # one chunk for all positions
@@ -58,13 +59,14 @@ class Tiling:
     def span(self) -> int:
         return 2 * self.chunk
 
-    def of(self, length: int) -> tuple[int, int, int]:
-        """Kind, rows of a tile and positions of a chunk for a segment of this length."""
+    def of(self, length: int, end: int) -> tuple[int, int, int]:
+        """Kind, rows of a tile and positions of a chunk for a segment of this length that ends there."""
         if length <= self.short:
             return 0, self.short, self.chunk
+        span = self.span * -(-end // (self.span * _CHUNKS))
         if length <= self.middle:
-            return 1, self.middle, self.span
-        return 2, self.long, self.span if length <= _SPLIT else _WHOLE
+            return 1, self.middle, span
+        return 2, self.long, span if length <= _SPLIT else _WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +89,14 @@ class WorkPlan:
 
 
 def bounds(extents: Extents, tiling: Tiling, window: int | None) -> Bounds:
-    """For segments of these lengths and ends.  A segment may turn out empty, or to end earlier, and where its
-    length is short it may turn out shorter; nothing else.
+    """For segments of these lengths and ends.  A segment may turn out empty, and one of a short length may
+    turn out shorter or end earlier; nothing else.
     """
     lengths = extents.lengths.astype(np.int64)
     kinds = np.where(lengths <= tiling.short, 0, np.where(lengths <= tiling.middle, 1, 2))
     rows = np.array([tiling.short, tiling.middle, tiling.long])[kinds]
-    sizes = np.array([tiling.chunk, tiling.span, tiling.span])[kinds]
+    spans = tiling.span * -(-extents.ends // (tiling.span * _CHUNKS))
+    sizes = np.where(kinds == 0, tiling.chunk, spans)
     sizes[(kinds == 2) & (lengths > _SPLIT)] = _WHOLE
     chunks = -(-extents.ends // sizes)
     if window is not None:
@@ -122,7 +125,7 @@ def plan_ref(
         if begin == end:
             continue
         table_row = segment if table_rows is None else int(table_rows[segment])
-        kind, rows, size = tiling.of(end - begin)
+        kind, rows, size = tiling.of(end - begin, first + end - begin)
         low = max(0, first - reach + 1) // size
         num_chunks = (first + end - begin - 1) // size + 1 - low
         for row in reversed(range(begin, end, rows)):
@@ -146,11 +149,13 @@ def plan_ref(
 
 
 @triton.jit
-def _cut(length, first, window, SHORT, MIDDLE, LONG, CHUNK, SPLIT, WHOLE):
+def _cut(length, first, window, SHORT, MIDDLE, LONG, CHUNK, CHUNKS, SPLIT, WHOLE):
     """Of segments: kind, rows of a tile, positions of a chunk, first chunk, chunks, tiles (0: no rows)."""
     kind = tl.where(length <= SHORT, 0, tl.where(length <= MIDDLE, 1, 2))
     rows = tl.where(kind == 0, SHORT, tl.where(kind == 1, MIDDLE, LONG))
-    span = tl.where((kind == 2) & (length > SPLIT), WHOLE, 2 * CHUNK)
+    most = 2 * CHUNK * CHUNKS
+    span = 2 * CHUNK * ((first + length - 1) // most + 1)
+    span = tl.where((kind == 2) & (length > SPLIT), WHOLE, span)
     size = tl.where(kind == 0, CHUNK, span)
     low = tl.maximum(first - window + 1, 0) // size
     chunks = (first + tl.maximum(length, 1) - 1) // size + 1 - low
@@ -174,6 +179,7 @@ def _plan(
     MIDDLE: tl.constexpr,
     LONG: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
     WHOLE: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -186,7 +192,7 @@ def _plan(
     length = tl.load(q_indptr + segment + 1) - begin
     first = tl.load(first_pos + segment)
     kind, rows, size, low, chunks, tiles = _cut(
-        length, first, window, SHORT, MIDDLE, LONG, CHUNK, SPLIT, WHOLE
+        length, first, window, SHORT, MIDDLE, LONG, CHUNK, CHUNKS, SPLIT, WHOLE
     )
     ids = tl.arange(0, BLOCK)
 
@@ -204,7 +210,7 @@ def _plan(
         count = tl.load(q_indptr + other + 1, mask=exists, other=0) - from_row
         where = tl.load(first_pos + other, mask=exists, other=0)
         its_kind, _, _, _, its_chunks, its_tiles = _cut(
-            count, where, window, SHORT, MIDDLE, LONG, CHUNK, SPLIT, WHOLE
+            count, where, window, SHORT, MIDDLE, LONG, CHUNK, CHUNKS, SPLIT, WHOLE
         )
         its_items = its_tiles * its_chunks
         split = tl.where(its_chunks > 1, count, 0)
@@ -280,6 +286,7 @@ def _launch(tiling: Tiling, has_table_rows: bool) -> Launch:
         "MIDDLE": tiling.middle,
         "LONG": tiling.long,
         "CHUNK": tiling.chunk,
+        "CHUNKS": _CHUNKS,
         "SPLIT": _SPLIT,
         "WHOLE": _WHOLE,
         "ALIGNMENT": _ALIGNMENT,

@@ -103,6 +103,13 @@ def test_long_caches_in_chunks_of_the_shipped_size_agree_with_float64(new: int) 
     check((4, 2, 32, 32, None, None, 0.02), [new, 1], [2000, 1500], attention.CHUNK)
 
 
+def test_chunks_that_grow_so_that_they_stay_few_agree_with_float64() -> None:
+    case = paged([33, 1], [4200, 300], heads=2, kv_heads=1, size=16, slots=64, holes=0.1)
+    assert_right(case, attend(case))
+    (step,) = case.meta.plans.values()
+    assert step.work.bounds.partials == 33 * 17 + 5, "not 33 * 34: 128 positions each would be more than 32"
+
+
 def test_segments_too_long_for_chunks_agree_with_float64() -> None:
     check((1, 1, 16, 16, None, None, 0.0), [258, 1], [70, 3])
     check((1, 1, 16, 16, 150, None, 0.0), [258, 1], [70, 3])
