@@ -14,6 +14,10 @@ tokens and turns, `Scheduler` queues and the token budget, `TokenLog` what survi
 manager and policies know neither torch nor asyncio nor the clock: the same code runs in `engine.simulation`,
 under virtual time, on a model that is arithmetic.
 
+On a GPU (engine/cuda) the step thread launches a step without waiting for it, then the next one, and collects
+the first one's tokens while that runs; copies between the tiers are other streams'.  Which parts compute is
+decided in loader.py, and nothing above knows.
+
 Names are resolved on first use, so that importing an integer-only module does not load torch.
 """
 
