@@ -104,7 +104,7 @@ class GManager:
             heard = self._meet(rank, epoch, now)
             for peer, peer_epoch in heartbeat.peers:
                 if peer_epoch >= self._living.get(peer, 0):
-                    self._meet(peer, peer_epoch, now, is_heard=False)
+                    self._meet(peer, peer_epoch, now)
             heard.at = now
             if heartbeat.number > heard.number:
                 follows = heartbeat.is_full or heartbeat.number == heard.number + 1
@@ -114,10 +114,10 @@ class GManager:
             full_wanted = not heard.is_whole
         self._outbox.say(rank, HeartbeatSeen(full_wanted, self._over()))
 
-    def _meet(self, rank: RankId, epoch: int, now: float, *, is_heard: bool = True) -> _Heard:
+    def _meet(self, rank: RankId, epoch: int, now: float) -> _Heard:
         """A rank that others name must be heard of as well, within the time that a heartbeat may take."""
         if rank not in self._heard or epoch > self._heard[rank].epoch:
-            if is_heard or rank in self._heard:
+            if rank in self._heard:
                 self.ledger.lose(rank)
             self._heard[rank] = _Heard(epoch, now)
             self._living[rank] = epoch
