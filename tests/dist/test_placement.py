@@ -158,8 +158,8 @@ def round_s(settings: RoundSettings, seed: int) -> tuple[float, GManager]:
 
 
 def test_a_round_for_32_ranks_takes_a_few_milliseconds():
-    """With 1,000 conversations each.  Ranks that settle debts move nothing, so each half is timed where it has
-    most to do.
+    """With 1,000 conversations each.  Ranks that settle debts move nothing, so each half of a round is timed
+    where it has most to do.
     """
     totals = []
     for seed in range(9):
