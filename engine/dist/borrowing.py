@@ -5,6 +5,7 @@ that it keeps the blocks they are kept here, so whatever goes wrong before costs
 """
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 from engine.dist.debt import Debt, State
 from engine.dist.entries import (
@@ -68,15 +69,16 @@ class Borrowing:
         """Begins to move the leading blocks in tier `source` here to `tier` at the first candidate that has
         room; None: the gManager is asked for candidates.  Returns how many.
         """
-        slots = [
+        held = self._table.slots(self._rank, conversation, source)
+        staying = self.fetched_into(conversation, source)
+        # On the device the newest one is still written to.
+        newest = self._table.newest(self._rank, conversation, source) if source == Tier.DEVICE else None
+        movable = (
             slot
-            for slot in self._table.slots(self._rank, conversation, source)
-            if (source, slot) not in self._moving
-        ]
-        if source == Tier.DEVICE:
-            slots = slots[:-1]  # the newest one is still written to
-        fetched = {slot for debt in self._of(conversation) for slot in self._fetched_into(debt, source)}
-        chosen = tuple(slot for slot in slots if slot not in fetched)[:num_blocks]
+            for slot in held
+            if slot != newest and slot not in staying and (source, slot) not in self._moving
+        )
+        chosen = tuple(islice(movable, max(0, num_blocks)))
         if not chosen:
             return 0
         state = State.ASKING if candidates is None else State.RESERVING
@@ -123,8 +125,10 @@ class Borrowing:
         for debt in {self._moving[tier, slot]: None for slot in slots if (tier, slot) in self._moving}:
             self._roll_back(debt, now)
 
-    def is_fetched_into(self, conversation: str, tier: Tier, slot: int) -> bool:
-        return any(slot in self._fetched_into(debt, tier) for debt in self._of(conversation))
+    def fetched_into(self, conversation: str, tier: Tier) -> set[int]:
+        """Slots here that are being written to."""
+        fetches = (debt.fetch for debt in self._of(conversation))
+        return {slot for fetch in fetches if fetch is not None and fetch.tier == tier for slot in fetch.slots}
 
     # -- messages
 
@@ -252,10 +256,6 @@ class Borrowing:
     def _of(self, conversation: str) -> list[Debt]:
         return list(self._by_conversation.get(conversation, ()))
 
-    @staticmethod
-    def _fetched_into(debt: Debt, tier: Tier) -> tuple[int, ...]:
-        return debt.fetch.slots if debt.fetch is not None and debt.fetch.tier == tier else ()
-
     def _new_request(self) -> RequestId:
         self._num_requests += 1
         return RequestId(self._rank, self._outbox.epoch, self._num_requests)
@@ -301,7 +301,7 @@ class Borrowing:
         num_blocks = min(wanted, self._table.pools[tier].num_free)
         if num_blocks <= 0:
             return
-        slots = self._table.allocate(self._rank, debt.conversation, num_blocks, tier)
+        slots = self._table.allocate(self._rank, debt.conversation, num_blocks, tier, leading=True)
         if slots is not None:
             first = debt.num_blocks - num_blocks
             debt.fetch = FetchBlocks(debt.loan, debt.conversation, first, tier, slots)

@@ -3,7 +3,7 @@
 One table and one pool per tier serve callers of this rank and of others alike.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView
 from typing import Protocol
 
 from engine.dist.entries import PlacementEntry, RankId, Tier
@@ -32,13 +32,15 @@ class RBlockTable:
         self.pools = {Tier.DEVICE: device, Tier.HOST: host}
         self.num_lent = {Tier.DEVICE: 0, Tier.HOST: 0}  # slots that callers of other ranks have
         self._rank = rank
-        self._slots: dict[Owner, dict[int, None]] = {}  # in the order in which they were given
+        self._slots: dict[Owner, dict[int, None]] = {}  # in the order of the conversation
         self._changed: dict[Owner, None] = {}
 
     def allocate(
-        self, home: RankId, conversation: str, num_blocks: int, tier: Tier
+        self, home: RankId, conversation: str, num_blocks: int, tier: Tier, *, leading: bool = False
     ) -> tuple[int, ...] | None:
-        """All of the slots, or None and nothing has changed."""
+        """All of the slots, or None and nothing has changed.  `leading`: for blocks that come before those
+        which the conversation has here.
+        """
         pool = self.pools[tier]
         if num_blocks > pool.num_free:
             return None
@@ -47,7 +49,11 @@ class RBlockTable:
         if len(slots) != num_blocks:
             raise InvariantError(f"a pool with {num_blocks} free slots gave {len(slots)}")
         owner = (conversation, home, tier)
-        self._slots.setdefault(owner, {}).update(dict.fromkeys(slots))
+        new = dict.fromkeys(slots)
+        if leading:
+            self._slots[owner] = new | self._slots.get(owner, {})
+        else:
+            self._slots.setdefault(owner, {}).update(new)
         self._count(owner, len(slots))
         return slots
 
@@ -64,8 +70,13 @@ class RBlockTable:
             self._slots.pop(owner, None)
         self._count(owner, -num_freed)
 
-    def slots(self, home: RankId, conversation: str, tier: Tier) -> tuple[int, ...]:
-        return tuple(self._slots.get((conversation, home, tier), ()))
+    def slots(self, home: RankId, conversation: str, tier: Tier) -> KeysView[int]:
+        """In the order of the conversation, as far as this rank knows it."""
+        return self._slots.get((conversation, home, tier), {}).keys()
+
+    def newest(self, home: RankId, conversation: str, tier: Tier) -> int | None:
+        """The last of `slots`."""
+        return next(reversed(self._slots.get((conversation, home, tier), {})), None)
 
     def take_changes(self) -> tuple[PlacementEntry, ...]:
         """The entries that have changed since the last call."""

@@ -84,9 +84,8 @@ class RManager:
         """Frees all of its blocks, here and elsewhere."""
         self._borrowing.forget(conversation, now)
         for tier in Tier:
-            held = self.table.slots(self.rank, conversation, tier)
-            fetched = self._borrowing.is_fetched_into
-            self.free(conversation, tier, [s for s in held if not fetched(conversation, tier, s)], now)
+            held, fetched = self.table.slots(self.rank, conversation, tier), self._borrowing.fetched_into
+            self.free(conversation, tier, held - fetched(conversation, tier), now)
 
     def borrow(self, conversation: str, num_blocks: int, source: Tier, tier: Tier, now: float) -> int:
         """Moves its leading blocks from tier `source` to `tier` of a rank that the gManager knows to have

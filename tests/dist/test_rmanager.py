@@ -128,6 +128,23 @@ def test_a_move_frees_the_leading_blocks_at_home_and_keeps_the_newest():
     ranks.check_agreement()
 
 
+def test_blocks_that_came_home_lead_again():
+    """The newest block, which is written to, is never the one that moves."""
+    ranks = Ranks(2)
+    lent(ranks)
+    manager = ranks.ranks[RankId(0)].manager
+    newest = manager.table.newest(RankId(0), "a", DEVICE)
+    manager.bring_home("a", 2, ranks.now)
+    ranks.collect()
+    ranks.flow()
+    assert manager.table.newest(RankId(0), "a", DEVICE) == newest
+    assert manager.move("a", 9, DEVICE, RankId(1), DEVICE, ranks.now) == 2
+    ranks.collect()
+    ranks.flow()
+    assert list(manager.table.slots(RankId(0), "a", DEVICE)) == [newest]
+    ranks.check()
+
+
 def test_a_stale_plan_is_refused_nothing_is_sent_and_nothing_leaks():
     ranks = Ranks(2)
     ranks.grow(0, "a", 5)
