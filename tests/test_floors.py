@@ -223,6 +223,8 @@ def test_what_serving_imports_is_declared_and_what_is_declared_is_imported():
         ("engine", {"torch", "triton", "numpy", "tokenizers"}),
         ("engine.scheduler", {"torch", "asyncio"}),
         ("engine.cache", {"torch", "asyncio"}),
+        ("engine.dist.gmanager", {"torch", "asyncio"}),
+        ("engine.dist.rmanager", {"torch", "asyncio", "numpy"}),
         ("engine.loader", {"triton"}),
         ("rpc.server", {"triton"}),
         ("rpc.client", {"torch", "engine", "kernels", "numpy", "tokenizers", "google.rpc"}),
