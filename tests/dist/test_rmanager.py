@@ -15,6 +15,7 @@ from engine.dist.entries import (
     RequestId,
     Reserve,
     Reserved,
+    Revoked,
     SendBlocks,
     SettleOrder,
     Tier,
@@ -200,6 +201,7 @@ def test_the_slots_of_a_copy_serve_nobody_else_until_it_ends():
     ranks.begin_copy(copy)
     ranks.advance(LENDING.reservation_s)
     assert free_of(ranks, 1) == 5  # the reservation is over, the copy is not
+    assert ranks.ranks[RankId(1)].manager.hold(copy.action.loan) is None
     ranks.end_copy(copy, True)
     assert free_of(ranks, 1) == 8
     ranks.flow()
@@ -262,6 +264,23 @@ def test_blocks_that_do_not_come_home_in_time_are_taken_back():
     assert ranks.ranks[RankId(0)].num_lost == 2
     assert free_of(ranks, 1) == 7
     ranks.check_agreement()
+
+
+def test_a_debtor_hears_of_what_was_taken_back_though_messages_are_lost():
+    ranks = Ranks(2)
+    lent(ranks)
+    ranks.ranks[RankId(1)].manager.recall(3, DEVICE, ranks.now)
+    ranks.collect()
+    ranks.messages.clear()
+    ranks.advance(LENDING.recall_s)
+    assert bodies(ranks, Revoked)
+    ranks.messages.clear()
+    assert ranks.ranks[RankId(0)].manager.owed()
+    ranks.advance(LENDING.reply_s)
+    ranks.flow()
+    assert not ranks.ranks[RankId(0)].manager.owed() and ranks.ranks[RankId(0)].num_lost == 3
+    ranks.advance(LENDING.reply_s)
+    assert not bodies(ranks, Revoked)  # it was answered
 
 
 def test_a_lost_creditor_costs_its_blocks_and_a_lost_debtor_frees_them():
