@@ -51,6 +51,10 @@ class Borrowing:
         return sum(debt.num_blocks for debt in self._loans.values())
 
     @property
+    def num_moving(self) -> int:
+        return len(self._moving)
+
+    @property
     def wants_room(self) -> bool:
         """Blocks are wanted home that nothing brings yet."""
         return any(debt.fetch is None and debt.num_blocks > debt.keep for debt in self._unsteady)

@@ -111,6 +111,11 @@ class RManager:
         """This rank's blocks that are elsewhere, by loan."""
         return self._borrowing.owed()
 
+    @property
+    def num_moving(self) -> int:
+        """Blocks here that are on their way to others, or about to be."""
+        return self._borrowing.num_moving
+
     def granted(self) -> dict[LoanId, int]:
         """Others' blocks that are here or expected, by loan."""
         return self._lending.granted()

@@ -250,6 +250,7 @@ class Ranks:
         for life in self.ranks.values():
             granted.update(life.manager.granted())
         assert owed == granted
+        assert not any(life.manager.num_moving for life in self.ranks.values())
         for life in self.ranks.values():
             for conversation in life.blocks:
                 assert all(self.check_use(life, conversation, block) for block in life.blocks[conversation])

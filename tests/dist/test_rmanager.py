@@ -7,6 +7,7 @@ from engine.dist.entries import (
     BlocksMoved,
     CandidatesWanted,
     Commit,
+    Committed,
     LoanId,
     Message,
     MoveOrder,
@@ -220,6 +221,73 @@ def test_borrowing_asks_the_candidates_in_turn():
     ranks.collect()
     ranks.flow()
     assert {loan.creditor for loan in ranks.ranks[RankId(0)].manager.owed()} == {2}
+
+
+def test_a_grant_that_comes_too_late_is_given_back():
+    ranks = Ranks(2)
+    ranks.grow(0, "a", 4)
+    ranks.ranks[RankId(0)].manager.move("a", 3, DEVICE, RankId(1), DEVICE, 0.0)
+    ranks.collect()
+    (reserve,) = bodies(ranks, Reserve)
+    ranks.messages.clear()
+    for _ in range(LENDING.max_tries):
+        ranks.advance(LENDING.reply_s)
+        ranks.messages.clear()
+    assert ranks.ranks[RankId(0)].num_failed == 1
+    ranks.messages.append(reserve)
+    ranks.deliver(0)
+    assert free_of(ranks, 1) == 5
+    ranks.flow()
+    assert free_of(ranks, 1) == 8
+
+
+def test_a_creditor_that_dies_while_blocks_are_sent_costs_only_the_copy():
+    ranks = Ranks(2)
+    ranks.grow(0, "a", 4)
+    manager = ranks.ranks[RankId(0)].manager
+    manager.move("a", 3, DEVICE, RankId(1), DEVICE, 0.0)
+    ranks.collect()
+    while not ranks.copies:
+        ranks.deliver(0)
+    ranks.crash(1)
+    manager.lose(RankId(1), 0.0)
+    ranks.collect()
+    assert ranks.ranks[RankId(0)].num_failed == 1 and manager.num_moving == 0
+    ranks.flow()
+    lent(ranks)  # they can be moved again
+    ranks.check()
+
+
+def test_a_recall_that_overtakes_the_commitment_ends_the_move():
+    ranks = Ranks(2)
+    ranks.grow(0, "a", 4)
+    manager = ranks.ranks[RankId(0)].manager
+    manager.move("a", 3, DEVICE, RankId(1), DEVICE, 0.0)
+    ranks.collect()
+    while not bodies(ranks, Committed):
+        if ranks.messages:
+            ranks.deliver(0)
+        else:
+            ranks.end_copy(ranks.copies[0], True)
+    late = ranks.messages.pop()
+    ranks.ranks[RankId(1)].manager.recall(1, DEVICE, 0.0)
+    ranks.collect()
+    ranks.flow()
+    ranks.messages.append(late)
+    ranks.flow()
+    assert (free_of(ranks, 0), free_of(ranks, 1)) == (4, 8) and not manager.owed()
+
+
+def test_what_comes_home_for_a_forgotten_conversation_is_freed():
+    ranks = Ranks(2)
+    lent(ranks)
+    ranks.ranks[RankId(0)].manager.bring_home("a", 3, ranks.now)
+    ranks.collect()
+    ranks.begin_copy(ranks.copies[0])
+    ranks.forget(0, "a")
+    assert (free_of(ranks, 0), free_of(ranks, 1)) == (5, 5)  # the copy reads and writes them still
+    ranks.flow()
+    assert (free_of(ranks, 0), free_of(ranks, 1)) == (8, 8)
 
 
 def test_borrowing_ends_without_a_gmanager():
