@@ -221,6 +221,7 @@ class Borrowing:
             self._table.free(self._rank, debt.conversation, fetch.tier, fetch.slots)
             debt.keep = max(debt.keep, debt.num_blocks)  # the creditor, or the next settlement, asks again
         self._shrink(debt, debt.kept, now)
+        self._fetch(debt)
         if debt.state == State.OWED and debt.num_blocks < debt.released:
             self._say_again(debt, now)
         self._note(debt)

@@ -140,6 +140,21 @@ def test_another_gmanager_has_the_same_map_from_full_heartbeats():
     assert (after.placement(), after.debts) == (before.placement(), before.debts)
 
 
+def test_a_rank_that_died_with_the_gmanager_is_missed_by_the_next_one():
+    """It has never been heard there; those who owe it and those whom it owes name it."""
+    ranks = Ranks(3)
+    lent(ranks, rank=0, to=1)
+    lent(ranks, rank=1, to=2)
+    ranks.crash_gmanager()
+    ranks.cut.add(RankId(1))
+    for _ in range(30):
+        ranks.advance(0.25)
+        ranks.flow()
+    assert ranks.ranks[RankId(0)].num_lost == 3
+    assert ranks.ranks[RankId(2)].manager.granted() == {}
+    assert ranks.gmanager.is_whole and ranks.gmanager.ledger.debts == {}
+
+
 def test_nothing_is_planned_before_the_map_is_whole():
     manager = gmanager()
     manager.receive(heartbeat(0, 1, entry("a", 0, 1, 9), full=True), 0.0)

@@ -11,6 +11,7 @@ from engine.dist.entries import (
     LoanId,
     Message,
     MoveOrder,
+    Over,
     Plan,
     RankId,
     RequestId,
@@ -173,7 +174,9 @@ def test_an_older_plan_is_ignored():
     for number in (2, 1, 2):
         settle = SettleOrder(RankId(0), RankId(1), 1)
         ranks.messages.append(Message(None, 1, RankId(0), Plan(1, number, (), (settle,))))
-    ranks.flow()
+    for _ in range(4):
+        ranks.flow()
+        ranks.advance(0.1)
     assert sum(ranks.ranks[RankId(0)].manager.owed().values()) == 2
 
 
@@ -418,6 +421,84 @@ def test_debts_around_a_ring_are_settled_though_one_block_is_free():
         ranks.advance(0.25)
     assert all(not life.manager.owed() for life in ranks.ranks.values())
     ranks.check()
+
+
+def test_a_settlement_that_finds_no_room_is_given_up():
+    ranks = Ranks(2)
+    lent(ranks)
+    ranks.grow(0, "b", 7)
+    ranks.grow(0, "c", 4, HOST)
+    assert ranks.ranks[RankId(0)].manager.bring_home("a", 2, ranks.now) == 2
+    ranks.advance(LENDING.settle_s)
+    ranks.forget(0, "b")
+    ranks.advance(0.1)
+    ranks.flow()
+    assert sum(ranks.ranks[RankId(0)].manager.owed().values()) == 3
+
+
+def test_blocks_that_are_on_their_way_home_are_not_sent_away():
+    ranks = Ranks(2)
+    lent(ranks)
+    manager = ranks.ranks[RankId(0)].manager
+    assert manager.bring_home("a", 3, ranks.now) == 3
+    assert manager.move("a", 9, DEVICE, RankId(1), DEVICE, ranks.now) == 0
+    ranks.collect()
+    ranks.flow()
+    ranks.check()
+
+
+@pytest.mark.parametrize(("ok", "num_lost"), [(True, 0), (False, 2)])
+def test_what_is_taken_back_while_it_is_copied_home_may_still_arrive(ok, num_lost):
+    ranks = Ranks(2)
+    lent(ranks)
+    ranks.ranks[RankId(1)].manager.recall(2, DEVICE, ranks.now)
+    ranks.collect()
+    while not ranks.copies:
+        ranks.deliver(0)
+    ranks.begin_copy(ranks.copies[0])
+    ranks.advance(LENDING.recall_s)
+    while ranks.messages:
+        ranks.deliver(0)
+    assert ranks.ranks[RankId(0)].num_lost == 0
+    ranks.end_copy(ranks.copies[0], ok)
+    ranks.flow()
+    assert ranks.ranks[RankId(0)].num_lost == num_lost
+    assert list(ranks.ranks[RankId(0)].manager.owed().values()) == [1]
+    assert free_of(ranks, 1) == 7
+    ranks.check()
+
+
+def test_a_new_life_has_asked_for_nothing():
+    ranks = Ranks(2)
+    ranks.grow(0, "a", 4)
+    manager = ranks.ranks[RankId(0)].manager
+    manager.move("a", 3, DEVICE, RankId(1), DEVICE, 0.0)
+    manager.rejoin(2, 0.0)
+    assert manager.num_moving == 0 and manager.state().epoch == 2
+    ranks.collect()
+    ranks.flow()
+    assert (free_of(ranks, 0), free_of(ranks, 1)) == (4, 8)
+
+
+def test_a_rank_that_waits_for_room_lends_none():
+    ranks = Ranks(3)
+    lent(ranks)
+    ranks.grow(0, "b", 7)
+    ranks.grow(0, "c", 4, HOST)
+    manager = ranks.ranks[RankId(0)].manager
+    manager.bring_home("a", 3, ranks.now)
+    manager.free("b", DEVICE, list(manager.table.slots(RankId(0), "b", DEVICE))[:2], ranks.now)
+    assert ask(manager, 2, 1, 1) is None
+
+
+def test_a_life_that_is_over_is_told_so():
+    manager = lender()
+    assert ask(manager, 1, 1, 1) is not None
+    manager.lose(RankId(1), 0.0)
+    assert manager.table.num_lent[DEVICE] == 0
+    reserve = Reserve(RequestId(RankId(1), 1, 2), "far", 1, DEVICE)
+    manager.receive(Message(RankId(1), 1, RankId(0), reserve), 0.0)
+    assert manager.collect() == [Message(RankId(0), 1, RankId(1), Over(((RankId(1), 2),)))]
 
 
 def test_what_is_moved_is_told_with_its_slots():

@@ -59,5 +59,13 @@ def test_two_ranks_that_owe_one_another_are_a_ring():
     assert settle(debts, 10, random.Random(0)) == []
 
 
+def test_what_a_ring_leaves_of_a_debt_is_not_settled_below_the_minimum():
+    zero, one, two = RankId(0), RankId(1), RankId(2)
+    debts = {(zero, one): 12, (one, zero): 9, (one, two): 9, (two, zero): 9}
+    for seed in range(8):
+        (ring,) = settle(debts, 4, random.Random(seed))
+        assert ring.num_blocks == 9
+
+
 def test_a_chain_is_not_settled():
     assert settle({(RankId(0), RankId(1)): 9, (RankId(1), RankId(2)): 9}, 1, random.Random(0)) == []
