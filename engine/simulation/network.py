@@ -50,6 +50,7 @@ class Network:
     inside: Link
     between: Link
     gpus_per_node: int
+    adapters_per_node: int = 1
 
     def link(self, node: int, other: int) -> Link:
         return self.inside if node == other else self.between
@@ -57,20 +58,24 @@ class Network:
     def all_reduce(self, num_gpus: int) -> tuple[float, float]:
         """Seconds of one among so many GPUs, whatever its size, and the rate of its slowest link.
 
-        NCCL's model of a tree: a chain through each node and a binary tree over nodes, up and down.
+        NCCL's model of a tree: a chain through each node and a binary tree over nodes, up and down.  All
+        adapters of a node carry it together (as in nccl-tests issue 119).
         """
         num_nodes = math.ceil(num_gpus / self.gpus_per_node)
         inside = min(num_gpus, self.gpus_per_node) - 1
         hops = inside * self.inside.reduce_hop_s + math.log2(num_nodes) * self.between.reduce_hop_s
-        slowest = min(self.inside.bytes_per_s, self.between.bytes_per_s if num_nodes > 1 else math.inf)
+        between = self.adapters_per_node * self.between.bytes_per_s
+        slowest = min(self.inside.bytes_per_s, between if num_nodes > 1 else math.inf)
         return self.inside.reduce_start_s + 2 * hops, slowest
 
 
 def networks(inside: Link, infiniband: Link) -> dict[str, Network]:
-    """By name, around GPUs of one kind.  More than eight on NVLink alone is what NVL32 and NVL72 have."""
+    """By name, around GPUs of one kind.  More than eight on NVLink alone is what NVL32 and NVL72 have.  Each
+    GPU has its InfiniBand adapter; Ethernet is one for each node.
+    """
     return {
         "nvlink": Network("NVLink among all", inside, inside, 1 << 20),
-        "infiniband": Network("NVLink in nodes of 8, InfiniBand between", inside, infiniband, 8),
+        "infiniband": Network("NVLink in nodes of 8, InfiniBand between", inside, infiniband, 8, 8),
         "ethernet-100g": Network(
             "NVLink in nodes of 8, 100 Gbit/s Ethernet between", inside, ETHERNET_100G, 8
         ),
