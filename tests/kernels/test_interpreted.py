@@ -15,15 +15,17 @@ FILES = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which is for Linux on x86-64")
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("marked", ["not heavy", pytest.param("heavy", marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_in_the_interpreter(file: Path, request: pytest.FixtureRequest) -> None:
-    marked = request.config.getoption("markexpr")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
-    command += ["-m", marked] if marked else []
+def test_in_the_interpreter(file: Path, marked: str) -> None:
     ended = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-m", marked],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
     )
-    if ended.returncode == 5 and marked:
-        pytest.skip(f"nothing in {file.name} is {marked}")
+    if ended.returncode == 5 and marked == "heavy":
+        pytest.skip(f"nothing in {file.name} is heavy")
     assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
     assert re.search(r"\d+ passed", ended.stdout), ended.stdout
