@@ -38,6 +38,8 @@ def time_works(works: Sequence[Work]) -> Time:
                 work()
     except RuntimeError:  # it cannot be captured; its launches are part of its time then
         torch.cuda.synchronize()
+        # A capture that fails at its very end leaves torch on the stream that was captured.
+        torch.cuda.set_stream(torch.cuda.default_stream())
         return _repeated(lambda: [work() for work in once], count, is_graph=False)
     return _repeated(graph.replay, count, is_graph=True)
 
