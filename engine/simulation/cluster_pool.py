@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from engine.dist.entries import Message, RankId
 from engine.dist.gmanager import GManager, RoundSettings
@@ -48,10 +49,10 @@ class Pool:
                 manager,
                 agenda,
                 instance.shape.kv_bytes_per_token,
-                lambda other, rank=rank: link(rank, other),
+                partial(link, rank),
                 lambda rank: self.managers[rank],
                 self._post,
-                lambda conversation, rank=rank: self._ranks[rank].drop(conversation),
+                partial(self._drop, rank),
             )
             for rank, manager in enumerate(self.managers)
         ]
@@ -76,7 +77,7 @@ class Pool:
         self._ranks = ranks
         period_s = self.settings.loans.heartbeat_s
         for number in range(len(ranks)):
-            self._agenda.after(period_s * number / len(ranks), lambda number=number: self._tick(number))
+            self._agenda.after(period_s * number / len(ranks), partial(self._tick, number))
 
         self._agenda.after(period_s, self._plan)
 
@@ -99,6 +100,9 @@ class Pool:
         self.memories[number].tick(len(rank.rows), len(rank.queue), waiting_blocks)
         rank.wake()
         self._agenda.after(self.settings.loans.heartbeat_s, lambda: self._tick(number))
+
+    def _drop(self, rank: int, conversation: int) -> None:
+        self._ranks[rank].drop(conversation)
 
     def _post(self, message: Message) -> None:
         """The gManager lives on rank 0."""
