@@ -110,7 +110,7 @@ class Borrowing:
         ]
         wanted = num_blocks
         for debt in sorted(debts, key=lambda debt: debt.num_blocks):
-            here = min(wanted, min(debt.keep, debt.num_blocks))
+            here = min(wanted, debt.keep, debt.num_blocks)
             if here > 0:
                 debt.keep = min(debt.keep, debt.num_blocks) - here
                 debt.wanted_until = now + self._settings.settle_s

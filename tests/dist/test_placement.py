@@ -167,7 +167,6 @@ def test_a_round_for_32_ranks_takes_a_few_milliseconds():
         settling_s, settles = round_s(RoundSettings(), seed)
         assert moves.num_moves > 20 and settles.num_rings > 5
         totals.append(moving_s + settling_s)
-    print(f"a round takes {1e3 * statistics.median(totals):.1f} ms")
     assert statistics.median(totals) < 4 * 20e-3, (
         totals
     )  # 20 ms are wanted; other work slows the core as well

@@ -14,6 +14,7 @@ from engine.dist.entries import (
     Over,
     Plan,
     RankId,
+    Release,
     RequestId,
     Reserve,
     Reserved,
@@ -499,6 +500,29 @@ def test_a_life_that_is_over_is_told_so():
     reserve = Reserve(RequestId(RankId(1), 1, 2), "far", 1, DEVICE)
     manager.receive(Message(RankId(1), 1, RankId(0), reserve), 0.0)
     assert manager.collect() == [Message(RankId(0), 1, RankId(1), Over(((RankId(1), 2),)))]
+
+
+def test_only_who_was_asked_can_grant():
+    ranks = Ranks(3)
+    ranks.grow(0, "a", 4)
+    manager = ranks.ranks[RankId(0)].manager
+    manager.move("a", 3, DEVICE, RankId(1), DEVICE, 0.0)
+    (reserve,) = manager.collect()
+    stray = LoanId(RankId(2), 1, 1)
+    manager.receive(Message(RankId(2), 1, RankId(0), Reserved(reserve.body.request, stray)), 0.0)
+    assert manager.collect() == [Message(RankId(0), 1, RankId(2), Release(stray, 0))]
+
+
+def test_a_rank_that_neither_lends_nor_borrows_says_nothing_to_others():
+    ranks = Ranks(2)
+    lent(ranks)
+    ranks.forget(0, "a")
+    ranks.flow()
+    for _ in range(40):
+        ranks.grow(0, "b", 1)
+        ranks.advance(0.3)
+        assert {message.to for message in ranks.messages} <= {None}
+        ranks.messages.clear()
 
 
 def test_what_is_moved_is_told_with_its_slots():
