@@ -66,8 +66,10 @@ class RankState:
     node: int  # ranks of a node reach one another fast
     device_blocks: int
     device_free: int
+    device_lendable: int  # of those that are free, as far as the cap on lending allows
     host_blocks: int
     host_free: int
+    host_lendable: int
     lent: int  # both tiers, reservations included
     borrowed: int
     batch: int  # conversations that it computes in one step
@@ -79,8 +81,8 @@ class RankState:
     def device_used_share(self) -> float:
         return 1.0 - self.device_free / self.device_blocks if self.device_blocks else 1.0
 
-    def free(self, tier: Tier) -> int:
-        return self.device_free if tier == Tier.DEVICE else self.host_free
+    def lendable(self, tier: Tier) -> int:
+        return self.device_lendable if tier == Tier.DEVICE else self.host_lendable
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ class Ledger:
         """
         own = self.states.get(debtor)
         room = {
-            rank: state.free(tier) - self._named[rank, tier]
+            rank: state.lendable(tier) - self._named[rank, tier]
             for rank, state in self.states.items()
             if rank != debtor
         }

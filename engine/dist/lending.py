@@ -94,6 +94,10 @@ class Lending:
         """Blocks that may be granted to others now: none while some are wanted back."""
         if any(loan.is_lent and loan.tier == tier for loan in self._timed.values()):
             return 0
+        return self.lendable(tier)
+
+    def lendable(self, tier: Tier) -> int:
+        """Free blocks within the cap."""
         pool = self._table.pools[tier]
         cap = int(self._settings.max_lent_share * pool.num_slots)
         return max(0, min(pool.num_free, cap - self._table.num_lent[tier]))

@@ -41,6 +41,7 @@ class _Load:
 
     state: RankState
     free: int
+    lendable: int
     batch: float
     here_s: float  # attention, per layer
     elsewhere_s: float  # that it waits for
@@ -74,11 +75,10 @@ def plan_moves(
             if home == rank and tier == Tier.DEVICE
         )
         for num_blocks, conversation in heapq.nlargest(settings.moves_per_rank, own):
-            creditor = max(roomy, key=lambda load: (load.free, -load.state.rank))
+            creditor = max(roomy, key=lambda load: (load.lendable, -load.state.rank))
             kept = int((1.0 - settings.most_used_share) * creditor.state.device_blocks)
-            move = _best_move(
-                debtor, creditor, conversation, num_blocks, creditor.free - kept, performance, settings
-            )
+            room = min(creditor.lendable, creditor.free - kept)
+            move = _best_move(debtor, creditor, conversation, num_blocks, room, performance, settings)
             if move is None:
                 break
             moves.append(move)
@@ -128,6 +128,7 @@ def _best_move(
     debtor.free += moved - int(joined * need)
     creditor.here_s += float(moved_s[best])
     creditor.free -= moved
+    creditor.lendable -= moved
     order = MoveOrder(conversation, moved, debtor.state.rank, creditor.state.rank, Tier.DEVICE)
     return PlannedMove(order, gain)
 
@@ -136,7 +137,8 @@ def _loads(ledger: Ledger, performance: Performance, settings: PlacementSettings
     loads: dict[RankId, _Load] = {}
     for rank, state in ledger.states.items():
         need = state.waiting_blocks / state.waiting if state.waiting else 0.0
-        loads[rank] = _Load(state, state.device_free, state.batch, 0.0, 0.0, state.waiting, need)
+        free, lendable = state.device_free, state.device_lendable
+        loads[rank] = _Load(state, free, lendable, state.batch, 0.0, 0.0, state.waiting, need)
     for rank, load in loads.items():
         held = ledger.held(rank)
         lent = {home: 0.0 for _, home, _ in held if home != rank}

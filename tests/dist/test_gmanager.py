@@ -1,5 +1,7 @@
 """What the gManager knows, and how it comes to know it again."""
 
+from dataclasses import replace
+
 import pytest
 
 from engine.dist.entries import (
@@ -26,7 +28,7 @@ DEVICE, HOST = Tier.DEVICE, Tier.HOST
 
 
 def state(rank: int, free: int, *, node: int = 0, epoch: int = 1, host_free: int = 0) -> RankState:
-    return RankState(RankId(rank), node, 100, free, 100, host_free, 0, 0, 8, epoch)
+    return RankState(RankId(rank), node, 100, free, free, 100, host_free, host_free, 0, 0, 8, epoch)
 
 
 def heartbeat(
@@ -61,6 +63,13 @@ def test_candidates_are_near_first_and_then_roomy():
         ledger.hear(state(rank, free, node=node), [], True)
     assert ledger.candidates(RankId(0), 10, DEVICE) == (2, 1, 3)
     assert ledger.candidates(RankId(0), 10, HOST) == ()
+
+
+def test_who_has_lent_what_it_may_is_no_candidate():
+    ledger = Ledger()
+    ledger.hear(replace(state(1, 50), device_lendable=9), [], True)
+    assert ledger.candidates(RankId(0), 10, DEVICE) == ()
+    assert ledger.candidates(RankId(0), 9, DEVICE) == (1,)
 
 
 def test_those_who_ask_at_once_are_sent_to_different_ranks():

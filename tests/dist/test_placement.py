@@ -1,6 +1,7 @@
 import random
 import statistics
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -21,7 +22,8 @@ BLOCKS = 1000
 
 
 def state(rank: int, free: int, batch: int, waiting: int = 0, need: int = 10, node: int = 0) -> RankState:
-    return RankState(RankId(rank), node, BLOCKS, free, 0, 0, 0, 0, batch, 1, waiting, waiting * need)
+    total = waiting * need
+    return RankState(RankId(rank), node, BLOCKS, free, free, 0, 0, 0, 0, 0, batch, 1, waiting, total)
 
 
 def entry(rank: int, name: str, num_blocks: int, home: int | None = None) -> PlacementEntry:
@@ -60,6 +62,13 @@ def test_the_gain_is_that_of_the_performance_model():
     after = rate(2 + joined, here, attention(moved * size) + 1e-5)
     after += rate(10, attention(other * size) + attention(moved * size))
     assert move.gain == pytest.approx(after - before)
+
+
+def test_no_more_is_moved_than_may_be_lent():
+    ledger = crowded_and_empty()
+    ledger.hear(replace(state(1, 900, batch=10), device_lendable=25), [], False)
+    (move,) = plan_moves(ledger, PERFORMANCE, PlacementSettings(moves_per_rank=1))
+    assert 0 < move.order.num_blocks <= 25
 
 
 def test_nobody_gives_blocks_away_for_whom_nobody_waits():
@@ -130,19 +139,9 @@ def full_cluster(gmanager: GManager, num_ranks: int, per_rank: int, rng: random.
         crowded = rank % 2 == 0
         blocks = int(used * (1.0 if crowded else 3.0))
         waiting = 40 if crowded else 0
+        batch, free = (8, 0) if crowded else (60, blocks - used)
         about = RankState(
-            RankId(rank),
-            rank // 8,
-            blocks,
-            blocks - used,
-            0,
-            0,
-            0,
-            0,
-            8 if crowded else 60,
-            1,
-            waiting,
-            40 * waiting,
+            RankId(rank), rank // 8, blocks, free, free, 0, 0, 0, 0, 0, batch, 1, waiting, 40 * waiting
         )
         heartbeat = Heartbeat(RankId(rank), 1, 1, about, tuple(entries), True)
         gmanager.receive(Message(RankId(rank), 1, None, heartbeat), 0.0)

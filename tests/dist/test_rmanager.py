@@ -79,7 +79,9 @@ def test_asking_twice_reserves_once():
 
 def test_no_more_is_lent_than_the_cap():
     manager = lender()
-    assert ask(manager, 1, 1, 6) is not None  # three quarters of 8
+    assert manager.state().device_lendable == 6  # three quarters of 8
+    assert ask(manager, 1, 1, 6) is not None
+    assert (manager.state().device_lendable, manager.state().device_free) == (0, 2)
     assert ask(manager, 1, 2, 1) is None
     assert manager.allocate("near", 2, DEVICE) is not None
 
