@@ -30,6 +30,8 @@ MAX_LENT_SHARE = 1.0
 """Of a rank's blocks.  A cap is for those who lend; candidates for a loan are chosen without regard to it."""
 RESERVATION_S = 60.0
 """For blocks to arrive, of which a rank that decodes moves half a one in each step."""
+HEARTBEAT_S = 1.0
+"""No source has the papers' period; steps of a simulated rank are taken 32 at a time, in about a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,9 @@ class ClusterSettings:
     @property
     def pool(self) -> PoolSettings:
         """v1 borrows and settles debts and plans no moves, v2 the other way round."""
-        loans = LoanSettings(max_lent_share=self.max_lent_share, reservation_s=RESERVATION_S)
+        loans = LoanSettings(
+            max_lent_share=self.max_lent_share, reservation_s=RESERVATION_S, heartbeat_s=HEARTBEAT_S
+        )
         if self.system == "v1":
             least = RoundSettings().least_settled if self.settles else None
             rounds = RoundSettings(PlacementSettings(small_batch=0), least_settled=least)
@@ -90,12 +94,14 @@ class Cluster:
         num_gpus = setup.gpus_per_instance * settings.num_instances // self.num_ranks
         self.instance = setup.instance(settings.network, num_gpus)
         self.num_blocks = self.instance.kv_tokens // BLOCK_SIZE
+        per_node = settings.network.gpus_per_node // setup.gpus_per_instance
+        self._nodes = [rank // per_node for rank in range(self.num_ranks)]
         self.pool: Pool | None = None
         if system in ("v1", "v2"):
             self.pool = Pool(
                 self.instance,
                 self.num_blocks,
-                self._nodes(),
+                self._nodes,
                 settings.network,
                 self.link,
                 self.agenda,
@@ -124,8 +130,7 @@ class Cluster:
         self._remote_shares: list[float] = []
 
     def link(self, rank: int, other: int) -> Link:
-        nodes = self._nodes()
-        return self.settings.network.link(nodes[rank], nodes[other])
+        return self.settings.network.link(self._nodes[rank], self._nodes[other])
 
     def can_ever_serve(self, request: Request) -> bool:
         blocks = -(-request.tokens // BLOCK_SIZE)
@@ -152,10 +157,6 @@ class Cluster:
 
     def _num_finished(self) -> int:
         return sum(rank.counters.finished for rank in self.ranks)
-
-    def _nodes(self) -> list[int]:
-        per_node = self.settings.network.gpus_per_node // self.settings.setup.gpus_per_instance
-        return [rank // per_node for rank in range(self.num_ranks)]
 
     def _memory(self, rank: int) -> Memory:
         return self.pool.memory(rank) if self.pool else OwnMemory(self.num_blocks)
