@@ -15,6 +15,9 @@ from engine.dist.entries import (
     PlacementEntry,
     RankId,
     RejoinWanted,
+    RequestId,
+    Reserve,
+    Reserved,
     SendBlocks,
     Slots,
     Tier,
@@ -313,3 +316,37 @@ class Ranks:
     def _gmanager(self) -> GManager:
         self.term += 1
         return GManager(self.term, PERFORMANCE, ROUNDS, self.term, self.now)
+
+
+def lender(num_device: int = 8) -> RManager:
+    manager = RManager(RankId(0), 0, 1, BlockPool(num_device), BlockPool(4), LENDING)
+    manager.tick(0.0)
+    manager.collect()
+    return manager
+
+
+def ask(manager: RManager, debtor: int, number: int, num_blocks: int, now: float = 0.0) -> LoanId | None:
+    """What it answers; it must say nothing else."""
+    reserve = Reserve(RequestId(RankId(debtor), 1, number), "far", num_blocks, Tier.DEVICE)
+    manager.receive(Message(RankId(debtor), 1, RankId(0), reserve), now)
+    (answer,) = manager.collect()
+    assert isinstance(answer, Message) and isinstance(answer.body, Reserved)
+    assert answer.to == debtor and answer.body.request == reserve.request
+    return answer.body.loan
+
+
+def free_of(ranks: Ranks, rank: int, tier: Tier = Tier.DEVICE) -> int:
+    return ranks.ranks[RankId(rank)].manager.table.pools[tier].num_free
+
+
+def lent(ranks: Ranks, num_blocks: int = 3, rank: int = 0, to: int = 1) -> None:
+    """Rank `rank` keeps so many blocks of its conversation "a" at `to`."""
+    ranks.grow(rank, "a", num_blocks + 1)
+    ranks.ranks[RankId(rank)].manager.move("a", num_blocks, Tier.DEVICE, RankId(to), Tier.DEVICE, ranks.now)
+    ranks.collect()
+    ranks.flow()
+    assert sum(ranks.ranks[RankId(rank)].manager.owed().values()) == num_blocks
+
+
+def bodies(ranks: Ranks, kind: type) -> list[Message]:
+    return [message for message in ranks.messages if isinstance(message.body, kind)]

@@ -21,8 +21,7 @@ from engine.dist.entries import (
 from engine.dist.gmanager import GManager
 from engine.dist.ledger import Ledger
 from engine.dist.performance import Performance
-from tests.dist.ranks import PERFORMANCE, ROUNDS, Ranks
-from tests.dist.test_rmanager import lent
+from tests.dist.ranks import PERFORMANCE, ROUNDS, Ranks, lent
 
 DEVICE, HOST = Tier.DEVICE, Tier.HOST
 
