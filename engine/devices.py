@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import logging
-import os
 import shutil
 import sysconfig
 import warnings
@@ -15,7 +14,7 @@ import torch
 from engine.config import EngineConfig
 from engine.cost_profile import processor
 from engine.errors import ConfigError
-from kernels.gpu.launch import LEAST_CAPABILITY
+from kernels.gpu.launch import LEAST_CAPABILITY, chosen_compiler
 
 DRIVER = Path("/proc/driver/nvidia/version")
 _COMPILERS = "gcc", "clang"
@@ -86,7 +85,7 @@ def _what_kernels_lack() -> str | None:
         return f"{torch.cuda.get_device_name(0)} has compute capability {found}, and kernels need {least}"
     if importlib.util.find_spec("triton") is None:
         return "triton, in which the kernels are written, is not installed; run pip install 'triton>=3.6'"
-    compilers = [os.environ["CC"]] if "CC" in os.environ else _COMPILERS
+    compilers = [chosen] if (chosen := chosen_compiler()) else _COMPILERS
     if not any(map(shutil.which, compilers)):
         return f"triton builds what launches its kernels, and finds no C compiler ({', '.join(compilers)})"
     if not (headers := _headers()).exists():

@@ -54,3 +54,10 @@ def require_gpu(device: torch.device) -> None:
                 f"device must have compute capability {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or more, "
                 f"got {found[0]}.{found[1]} ({name}); use --device cpu"
             )
+
+
+def chosen_compiler() -> str | None:
+    """The C compiler with which the environment tells Triton to build what launches kernels."""
+    from triton import knobs
+
+    return knobs.build.cc
