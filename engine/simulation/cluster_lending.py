@@ -52,12 +52,15 @@ class SharedMemory:
         creditor: Callable[[RankId], RManager],
         post: Callable[[Message], None],
         drop: Callable[[int], None],
+        most_asked: int,
     ) -> None:
+        """`most_asked`: blocks that the network carries before what is reserved for them is over."""
         self.manager = manager
         self.num_blocks = manager.table.pools[Tier.DEVICE].num_slots
         self.num_refused = 0
         self._agenda, self._kv_bytes, self._link_to = agenda, kv_bytes_per_token, link_to
         self._creditor, self._post, self._drop = creditor, post, drop
+        self._most_asked = most_asked
         self._remote: dict[int, dict[int, int]] = {}
         self._copies: deque[_Copy] = deque()
         self._num_asked = 0  # blocks that are on their way out because room was asked for
@@ -87,8 +90,9 @@ class SharedMemory:
 
     def ask_for_room(self, conversation: int, num_blocks: int) -> bool:
         now = self._agenda.now
-        if self._num_asked < num_blocks and now >= self._refused_until:
-            wanted = min(num_blocks - self._num_asked, self._together)
+        if self._num_asked < min(num_blocks, self._most_asked) and now >= self._refused_until:
+            wanted = min(num_blocks, self._most_asked) - self._num_asked
+            wanted = min(wanted, self._together)
             self._num_asked += self.manager.borrow(str(conversation), wanted, Tier.DEVICE, Tier.DEVICE, now)
         self.carry_on()
         return self._num_asked > 0

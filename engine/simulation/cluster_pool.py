@@ -11,12 +11,14 @@ from engine.dist.settings import LoanSettings
 from engine.errors import InvariantError
 from engine.simulation.cluster_lending import SharedMemory, manager_of
 from engine.simulation.cluster_profiles import Instance
-from engine.simulation.cluster_rank import VirtualRank
+from engine.simulation.cluster_rank import BLOCK_SIZE, VirtualRank
 from engine.simulation.network import Link, Network, partial_bytes, query_bytes
 from engine.simulation.virtual_time import Agenda
 
 CONTROL_S = 1e-3
 """Of a message between managers, beside the link's own latency: an assumption."""
+ASKED_SHARE = 0.25
+"""Of the time that a reservation lasts, for all that is on its way."""
 PROFILED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PROFILED_LENGTHS = (1_000, 10_000, 100_000, 1_000_000)
 
@@ -44,6 +46,8 @@ class Pool:
         self.managers = [
             manager_of(rank, node, num_blocks, settings.loans) for rank, node in enumerate(nodes)
         ]
+        block_s = network.between.seconds(BLOCK_SIZE * instance.shape.kv_bytes_per_token)
+        most_asked = max(1, int(ASKED_SHARE * settings.loans.reservation_s / block_s))
         self.memories = [
             SharedMemory(
                 manager,
@@ -53,6 +57,7 @@ class Pool:
                 lambda rank: self.managers[rank],
                 self._post,
                 partial(self._drop, rank),
+                most_asked,
             )
             for rank, manager in enumerate(self.managers)
         ]

@@ -142,7 +142,7 @@ class VirtualRank:
             kept = [row for row in filling if row in self.rows]  # others made room
             parts += self._chunks(kept, self._scheduling.max_step_tokens - len(parts))
         if parts:
-            self._compute(parts, num_steps)
+            self._compute(parts, num_steps, bool(filling))
         elif self.rows or self.memory.num_moving:
             self._wait()
 
@@ -161,7 +161,7 @@ class VirtualRank:
         longest = max(self.rows, key=lambda row: row.computed)
         return self.memory.ask_for_room(longest.request.number, num_blocks)
 
-    def _compute(self, parts: list[tuple[Row, int]], num_steps: int) -> None:
+    def _compute(self, parts: list[tuple[Row, int]], num_steps: int, is_filling: bool) -> None:
         now, scheduling = self._agenda.now, self._scheduling
         free_of_charge = 0 if scheduling.prefills else sum(num > num_steps for _, num in parts)
         charged = parts[: len(parts) - free_of_charge]  # prompts come last
@@ -175,8 +175,11 @@ class VirtualRank:
             taken /= max(0.1, 1.0 - MOVED_SLOWDOWN * beyond)
         taken += self._owed_s
         self._owed_s = 0.0
-        # A prompt's KV moves as it is computed: it could not go on without.
-        move_tokens = max(num_steps * moved, sum(num for _, num in parts if num > num_steps))
+        move_tokens: float = num_steps * moved
+        if (
+            is_filling
+        ):  # a prompt goes on only as its KV finds room, so that may move as fast as it is computed
+            move_tokens = max(moved, scheduling.max_step_tokens) if scheduling.prefills else math.inf
         self.counters.steps += num_steps
         self.is_busy = True
         self._agenda.after(max(taken, SHORTEST_S), lambda: self._end(parts, taken, move_tokens))
