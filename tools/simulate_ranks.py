@@ -37,7 +37,7 @@ REAL = {
     "coding": "agentic_coding_sessions.jsonl.gz",
     "azure": "azure_llm_2023_conv.csv.gz",
 }
-LIMIT_S = 20_000.0  # of virtual time: a run that takes longer tells how many requests were left
+LIMIT_S = 10_000.0  # of virtual time: a run that takes longer tells how many requests were left
 PAPER = {
     "v1 over isolated": (1.03, 2.4),
     "v2 over isolated, traces 0-2": (1.35, 1.73),

@@ -170,8 +170,8 @@ class Cluster:
         return self.ranks[rank].serving(seconds)
 
     def _admits(self, row: Row, num_blocks: int, begins_short: bool) -> bool:
-        """First come, first served over the whole cluster for those that need others' room: until the first
-        of them begins, nobody that came later does.
+        """First come, first served over the whole cluster for those that are longer than any rank's memory:
+        until the first of them begins, nobody that came later does.
         """
         if self.pool is None:
             return True
@@ -183,7 +183,7 @@ class Cluster:
             promised = sum(each.lacks(each.pending) for each in self._short)
             spare = int(WATERMARK * self.pool.most_blocks)
             if self.pool.room_for(number % self.num_ranks) - promised - spare < num_blocks:
-                if begins_short:
+                if num_blocks > self.num_blocks:
                     self._next_short = number
                 return False
         if number == self._next_short:
