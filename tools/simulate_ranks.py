@@ -254,6 +254,7 @@ def draw(found: Sequence[Outcome], path: Path) -> str:
         xlabel="instances", ylabel="throughput over isolated instances", title="short traces", xscale="log"
     )
     left.set_xticks((2, 4, 8, 16, 32), ("2", "4", "8", "16", "32"))
+    left.minorticks_off()
     for comparison, colour in (("long", "tab:blue"), ("decoding", "tab:red")):
         chosen = [each for each in found if each.case.comparison == comparison and each.case.trace in LONG]
         for system, style in (("v1", "s--"), ("v2", "o-")):
