@@ -109,7 +109,8 @@ class Cluster:
             )
         # Which requests begin before there is room at their home: with v1 all that do not find it, with v2
         # those that never will.
-        short_above = {"v1": 0.0, "v2": float(self.num_blocks)}.get(system, math.inf)
+        self.most_at_home = self.num_blocks - int(WATERMARK * self.num_blocks)
+        short_above = {"v1": 0.0, "v2": float(self.most_at_home)}.get(system, math.inf)
         self.ranks = [
             VirtualRank(
                 number,
@@ -183,7 +184,7 @@ class Cluster:
             promised = sum(each.lacks(each.pending) for each in self._short)
             spare = int(WATERMARK * self.pool.most_blocks)
             if self.pool.room_for(number % self.num_ranks) - promised - spare < num_blocks:
-                if num_blocks > self.num_blocks:
+                if num_blocks > self.most_at_home:
                     self._next_short = number
                 return False
         if number == self._next_short:

@@ -65,6 +65,12 @@ def test_a_conversation_longer_than_a_rank_lies_on_several(system: str) -> None:
 
 
 @pytest.mark.parametrize("system", LENDING)
+def test_a_conversation_as_long_as_a_rank_begins_too(system: str) -> None:
+    ranks = cluster(system)
+    assert ranks.run([Request(0, 32 * ranks.num_blocks - 300, 200)], limit_s=1_000).tokens == 200
+
+
+@pytest.mark.parametrize("system", LENDING)
 def test_wire_bytes_are_holders_times_query_and_partial(system: str) -> None:
     """In each layer of each step, for each token: nothing that grows with the context."""
     ranks = cluster(system)
