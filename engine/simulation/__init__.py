@@ -9,4 +9,11 @@ timed              a device that takes time and says nothing
 contents           a device whose replies show whether the cache was right
 checked_server     conversations and their log on a tiny engine, checked at every step
 random_operations  whatever clients, copies and crashes may do to it
+
+Of many ranks, whose managers are those of `engine.dist`, with instances that are step costs and counted
+blocks instead of cores:
+
+network            links between ranks, each constant with its source
+cluster            ranks that serve one list of requests, alone, as one, or with what others lend
+cluster_*          its instances and steps, memory and loans, profiles and requests
 """
