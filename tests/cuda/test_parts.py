@@ -1,5 +1,6 @@
 """A whole server over the parts of a GPU, on a virtual one: put together, warmed up, talked to."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from engine.config import EngineConfig
 from engine.cuda import parts
 from engine.errors import ConfigError
 from engine.loader import load_engine, profile_model
-from rpc.client import ContinuoClient
+from rpc.client import ContinuoClient, Unavailable
 from tests.cuda.virtual_device import VirtualDevice
 from tests.engine.tiny_model import COSTS
 from tests.rpc.conftest import running
@@ -79,3 +80,23 @@ def test_costs_of_a_gpu_are_measured_and_told_apart_from_those_of_a_cpu(config: 
 def test_a_tier_that_a_gpu_cannot_hold_is_refused_with_what_would_fit(config: EngineConfig) -> None:
     with pytest.raises(ConfigError, match="of 1,000,000,000 tokens takes .* left by the memory of"):
         load_engine(replace(config, device_kv_tokens=10**9))
+
+
+async def test_a_kernel_that_fails_while_it_runs_ends_the_engine_and_every_stream_is_told(
+    config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kernel did wrong is told by whatever waits for the device next."""
+
+    def fails(self: VirtualDevice, event: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    async with (
+        load_engine(config) as engine,
+        running(engine) as server,
+        ContinuoClient(server.address, retry=False) as client,
+    ):
+        chats = [await client.open() for _ in range(2)]
+        monkeypatch.setattr(VirtualDevice, "synchronize", fails)
+        for said in await asyncio.gather(*(chat.say("Hello") for chat in chats), return_exceptions=True):
+            assert isinstance(said, Unavailable) and "the server ends: CUDA error: an illegal" in str(said)
+        assert "illegal memory access" in str(await asyncio.wait_for(engine.wait_failed(), 5))
