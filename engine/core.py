@@ -257,7 +257,10 @@ class EngineCore:
         return step
 
     def execute(self, step: Step) -> StepResult:
-        return self.launch(step)()
+        self.recorder.mark("host")
+        result = self._launch(step.plan)()
+        self.recorder.end(step.plan)
+        return result
 
     def launch(self, step: Step) -> Collect:
         """All of the step that does not wait for a device; the function waits for it and has the result.

@@ -1,7 +1,7 @@
 """Where the time of every step went, as lines of a file.
 
-A step's time begins when the launch of the step before it ended, so nothing is left out: the parts of a step
-add up to its seconds, and the seconds of all steps to the time that has passed.
+A step's time begins when the step before it ended, or its launch where steps run ahead, so nothing is left
+out: the parts of a step add up to its seconds, and the seconds of all steps to the time that has passed.
 """
 
 import json
@@ -30,7 +30,7 @@ class StepRecorder:
         """The time since the last mark went to `part`, or `seconds` of it."""
 
     def end(self, plan: StepPlan) -> None:
-        """The step that carries out `plan` is launched: on a CPU it is over."""
+        """The step that carries out `plan` is over, or launched where steps run ahead."""
 
     def pause(self) -> None:
         """Nothing is to be computed: what comes until the next mark is no step's work."""

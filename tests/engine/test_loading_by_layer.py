@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,10 @@ from engine.cache.transfer import Loading, SyncTransfer, TransferEngine
 from engine.conversation import Conversation, TurnState
 from engine.core import Runner
 from engine.models.decoder import Decoder
+from engine.scheduler import Step
+from engine.step_profile import StepRecorder
 from engine.types import SamplingParams, TurnId
+from kernels.marks import Part
 from tests.engine.tiny_model import BLOCK_SIZE, CONFIG, Engine
 from tests.engine.two_tiers import SIZE, TwoTiers
 from tests.fakes import FakeRunner
@@ -169,3 +173,21 @@ def test_what_nobody_waited_for_is_there_for_the_next_step_and_not_brought_again
     assert (device.slab[:, 2] == 7.0).all()
     device.slab[:, 2] = 8.0  # by the kernels of the next step
     assert not loading.finish() and (device.slab[:, 2] == 8.0).all()
+
+
+def test_the_copies_of_a_step_that_only_loads_are_told_as_its_own() -> None:
+    told: list[str] = []
+
+    class Telling(StepRecorder):
+        def mark(self, part: Part, seconds: float | None = None) -> None:
+            told.append(part)
+
+        def end(self, plan: StepPlan) -> None:
+            told.append(f"step {plan.number}")
+
+    tiers = TwoTiers()
+    tiers.core.recorder = Telling()
+    plan = StepPlan(7, (), loads=(BlockMove(2, 1),))
+    none = np.empty(0, np.int32)
+    tiers.core.execute(Step(plan, (), none, ()))
+    assert told == ["host", "copies", "copies", "step 7"], "begun, made, and over"
