@@ -11,6 +11,7 @@ import torch
 
 from engine.batch import Collect, StepPlan, StepResult
 from engine.cache.kv_store import KVStore
+from engine.cache.tiers import STORE_ALWAYS
 from engine.cache.transfer import TransferEngine
 from engine.core import EngineCore, Runner
 from engine.cuda.copies import PinnedStore, RunCopier, Tiers
@@ -108,11 +109,18 @@ def on_a_gpu(machine: type, early: tuple[str, ...]) -> Any:
     return type(machine.__name__, (OnAGpu, machine), {"early": early, "seen": Counter()})
 
 
+class HistoriesStoredEagerly(HistoriesOnTwoTiersAheadByOne):
+    def __init__(self) -> None:
+        super().__init__()
+        self.manager.tiers._store_below = STORE_ALWAYS
+
+
 MACHINES = [
     HistoriesOnTwoTiers,
     HistoriesOnTwoTiersAheadByOne,
     HistoriesEvictedFromTheTail,
     HistoriesThroughAWindow,
+    HistoriesStoredEagerly,
 ]
 
 
